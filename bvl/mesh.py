@@ -1,0 +1,126 @@
+"""The device mesh, the rules that place parameters on it, and the way from host rows to global arrays.
+
+Order of work: shapes first (`jax.eval_shape`), shardings second, arrays last, so that nothing is ever
+created unsharded (the order big_vision's `train.py` shows).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bvl.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+# A batch is split over both: fully sharded parameters are gathered layer by layer, rows are not.
+BATCH_AXES = ("data", "fsdp")
+
+# Logical name of a parameter axis -> mesh axis. Names without a rule are an error, not a default.
+LOGICAL_RULES: tuple[tuple[str, str | None], ...] = (
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("layers", None),
+    ("position", None),
+    ("patch", None),
+    ("norm", None),
+    ("classes", None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along the axes (data, fsdp, tensor); one of them may be -1, "all that are left"."""
+
+    shape: tuple[int, int, int] = (-1, 1, 1)
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | None = None) -> Mesh:
+    """Build the mesh; raises ConfigError when the shape does not use every device exactly once."""
+    devices = jax.devices() if devices is None else devices
+    shape = list(config.shape)
+    if len(shape) != len(AXES) or sum(s == -1 for s in shape) > 1 or any(s < 1 and s != -1 for s in shape):
+        raise ConfigError(f"mesh.shape={config.shape}: give {len(AXES)} sizes for {AXES}, at most one of them -1")
+    if -1 in shape:
+        known = math.prod(s for s in shape if s != -1)
+        shape[shape.index(-1)] = max(len(devices) // known, 1)
+    if math.prod(shape) != len(devices):
+        divisors = [d for d in range(1, len(devices) + 1) if len(devices) % d == 0]
+        raise ConfigError(
+            f"mesh.shape={tuple(config.shape)} needs {math.prod(shape)} devices, there are {len(devices)}; "
+            f"sizes must be divisors of it: {divisors}"
+        )
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis over the batch axes, all else replicated."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, num_hosts: int) -> None:
+    """Raise ConfigError unless the global batch splits evenly over batch shards and hosts."""
+    for count, what in ((num_batch_shards(mesh), "batch shards (mesh.shape data x fsdp)"), (num_hosts, "hosts")):
+        if batch_size % count:
+            below = batch_size // count * count
+            near = [b for b in (below, below + count) if b > 0]
+            raise ConfigError(
+                f"batch_size={batch_size} cannot be split over {count} {what}; use {' or '.join(map(str, near))}"
+            )
+
+
+def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, path: str) -> PartitionSpec:
+    rules = dict(LOGICAL_RULES)
+    axes: list[str | None] = []
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in rules:
+            raise ConfigError(f"parameter {path}: no rule for the logical axis {name!r} in bvl/mesh.py LOGICAL_RULES")
+        axis = rules[name] if name is not None else None
+        # A dimension that does not divide stays whole; a mesh axis is used once for a parameter.
+        if axis is not None and (size % mesh.shape[axis] or axis in axes):
+            axis = None
+        axes.append(axis)
+    return PartitionSpec(*axes)
+
+
+def shardings_of(abstract: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree of shapes in which Linen boxes carry logical axis names.
+
+    Leaves without a box (scalars, optimiser counters) are replicated.
+    """
+
+    def one(path, leaf):
+        if isinstance(leaf, nn.Partitioned):
+            return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, mesh, jax.tree_util.keystr(path)))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(one, abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> tuple[Any, Any]:
+    """Run `init(*args)` so that every array is born with its sharding; returns (unboxed tree, shardings)."""
+    shardings = shardings_of(jax.eval_shape(init, *args), mesh)
+    tree = jax.jit(lambda *a: nn.meta.unbox(init(*a)), out_shardings=shardings)(*args)
+    return tree, shardings
+
+
+def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's contiguous rows of every batch key -> global arrays split over the batch axes."""
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
