@@ -1,0 +1,240 @@
+"""Records: what a manifest may hold, reading and checking it, groups and splits.
+
+A record is a plain dict, one JSON object a line of `records.jsonl` or one row of a CSV or TSV file:
+
+    id            string, unique; where it is missing, the image path or the line number
+    image         path relative to the manifest; absent in text-only sources
+    caption, alt_text, findings, impression, ...   any string field can be chosen as text
+    labels        list of strings (CSV: separated by | or ;);  class_prompt: a text for the class
+    boxes         list of {"box": [x0, y0, x1, y1] in fractions of the image, "name": string}
+    mask          path of a PNG of instance ids (0 = background, id k belongs to boxes[k-1]),
+                  or, with mask_name, of one named region
+    modality, view, study_id, split, patient_id | group_id, source, licence
+
+A field that is null or blank is absent and left out of the dict. Fields not named here are kept as they are.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bvl.data.manifests import find_manifest, read_rows, shorten
+from bvl.errors import DataError
+
+Record = dict[str, Any]
+
+VALIDATION_PERCENT = 10
+# Boxes written with rounded decimals may pass the border by this much.
+BOX_TOLERANCE = 1e-6
+
+# The usual fields of text; any other string field may be chosen as well.
+TEXT_FIELDS = ("caption", "alt_text", "findings", "impression", "class_prompt")
+_STRINGS = ("image", *TEXT_FIELDS, "mask", "mask_name", "modality", "view", "split", "source", "licence")
+# Numbers are common here and mean the same as their digits.
+_IDENTIFIERS = ("id", "patient_id", "group_id", "study_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordFolder:
+    """The records of one manifest.
+
+    root: the folder against which image and mask paths resolve.
+    counts: how many records there are ("records") and how many have each field.
+    """
+
+    name: str
+    root: Path
+    manifest: Path
+    records: list[Record]
+    counts: dict[str, int]
+
+
+def read_records(
+    path: str | Path, *, image_column: str | None = None, text_column: str | None = None
+) -> RecordFolder:
+    """Reads and checks a manifest.
+
+    path: a folder with `records.jsonl` (or with exactly one .csv or .tsv file), or a .jsonl, .csv or .tsv file.
+    image_column, text_column: the columns to take as `image` and `caption`; by default those named `image` and
+      `text` or `caption`.
+    Raises DataError, naming the file, line and record, for anything that cannot be used as it stands.
+    """
+    manifest = find_manifest(Path(path))
+    chosen = {
+        column: field for column, field in ((image_column, "image"), (text_column, "caption")) if column
+    }
+    if not text_column and manifest.suffix.lower() != ".jsonl":
+        chosen["text"] = "caption"
+    records: list[Record] = []
+    first_line: dict[str, int] = {}
+    found: set[str] = set()
+    for line, row in read_rows(manifest):
+        where = f"{manifest}, line {line}"
+        found.update(row)
+        record = check_record(_rename(row, chosen, where), where=where)
+        if "id" not in record:
+            record = {"id": _free_name(record.get("image", f"line-{line}"), first_line), **record}
+        elif record["id"] in first_line:
+            raise DataError(
+                f"{where}: the id {record['id']!r} is taken by line {first_line[record['id']]}; "
+                f"give every record its own."
+            )
+        first_line[record["id"]] = line
+        records.append(record)
+    if not records:
+        raise DataError(f"{manifest}: the manifest holds no record; write one record a line.")
+    for column in (image_column, text_column):
+        if column and column not in found:
+            raise DataError(
+                f"{manifest}: there is no column {column!r}; there is {', '.join(sorted(found))}."
+            )
+    _group_repeated_images(records)
+    counts = collections.Counter(field for record in records for field in record)
+    if not counts.keys() & {"image", *TEXT_FIELDS}:
+        raise DataError(
+            f"{manifest}: neither images nor texts, only {', '.join(sorted(found))}; name the columns that hold "
+            f"them with image_column and text_column."
+        )
+    root = manifest.parent
+    whole_folder = Path(path).is_dir() or manifest.name == "records.jsonl"
+    name = root.resolve().name if whole_folder else manifest.stem
+    return RecordFolder(name, root, manifest, records, {"records": len(records), **counts})
+
+
+def check_record(record: Mapping[str, Any], *, where: str) -> Record:
+    """The record without absent fields (null or blank) and with identifiers as strings.
+
+    Raises DataError, beginning with `where` and the record's id, for a field of the wrong type or a bad box.
+    """
+    record = {k: v for k, v in record.items() if v is not None and not (isinstance(v, str) and not v.strip())}
+    where += f", record {record['id']!r}" if "id" in record else ""
+    for field in _IDENTIFIERS:
+        value = record.get(field)
+        if isinstance(value, int) and not isinstance(value, bool):
+            record[field] = value = str(value)
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{where}: {field} is {shorten(value)}; it must be a string.")
+    for field in _STRINGS:
+        value = record.get(field)
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{where}: {field} is {shorten(value)}; it must be a string, or null for none.")
+    labels = record.get("labels")
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(v, str) for v in labels)):
+        raise DataError(
+            f'{where}: labels is {shorten(labels)}; it must be a list of strings such as ["a", "b"], or null.'
+        )
+    boxes = record.get("boxes")
+    if boxes is not None:
+        if not isinstance(boxes, list):
+            raise DataError(
+                f'{where}: boxes is {shorten(boxes)}; it must be a list of {{"box": [...], "name": ...}}.'
+            )
+        record["boxes"] = [_check_box(box, f"{where}, boxes[{i}]") for i, box in enumerate(boxes)]
+    return record
+
+
+def _check_box(entry: Any, where: str) -> dict[str, Any]:
+    if not isinstance(entry, dict) or "box" not in entry:
+        raise DataError(f'{where}: {shorten(entry)} is no {{"box": [x0, y0, x1, y1], "name": ...}}.')
+    if not isinstance(entry.get("name"), str) or not entry["name"].strip():
+        raise DataError(f"{where}: the box has no name; say what it shows.")
+    box = entry["box"]
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(v) for v in box):
+        raise DataError(f"{where}: box is {shorten(box)}; it must be four numbers [x0, y0, x1, y1].")
+    if min(box) < -BOX_TOLERANCE or max(box) > 1 + BOX_TOLERANCE:
+        hint = " Are these pixels? Divide x by the width and y by the height." if max(box) > 1.5 else ""
+        raise DataError(f"{where}: box {box} reaches outside 0..1; boxes are fractions of the image.{hint}")
+    x0, y0, x1, y1 = (min(max(float(v), 0.0), 1.0) for v in box)
+    if x1 <= x0 or y1 <= y0:
+        kind = "is reversed" if x1 < x0 or y1 < y0 else "has no area"
+        raise DataError(f"{where}: box {box} {kind}; x0 < x1 and y0 < y1 are needed in [x0, y0, x1, y1].")
+    return {**entry, "box": [x0, y0, x1, y1]}
+
+
+def group_of(record: Mapping[str, Any]) -> str:
+    """What must not be torn apart by a split or counted twice by an interval: the patient, the group, or the id."""
+    return str(record.get("patient_id") or record.get("group_id") or record["id"])
+
+
+def has_groups(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the records name patients or groups; if not, "by patient" can only mean by image."""
+    # A group that is nothing but the image's path was set here, for an image with several texts.
+    return any(r.get("patient_id") or r.get("group_id", r.get("image")) != r.get("image") for r in records)
+
+
+def assign_splits(records: Sequence[Record]) -> list[Record]:
+    """The records with a `split` each: their own, or, where none has one, a stable tenth "val" and the rest "train".
+
+    The tenth is taken by a hash of the group, so that it does not depend on the order or number of records.
+    Raises DataError if only some records name a split.
+    """
+    named = [record for record in records if record.get("split")]
+    if not named:
+        return [{**record, "split": _hashed_split(group_of(record))} for record in records]
+    if len(named) < len(records):
+        example = next(record["id"] for record in records if not record.get("split"))
+        raise DataError(
+            f"{len(records) - len(named)} of {len(records)} records have no split (record {example!r} is one); "
+            f"give every record a split, or none to have them split by group."
+        )
+    return list(records)
+
+
+def select_split(folder: RecordFolder, split: str | None) -> list[Record]:
+    """The records of one split (see `assign_splits`), or all records for None.
+
+    Raises DataError, listing the splits there are, if there is none of this name.
+    """
+    if split is None:
+        return folder.records
+    records = assign_splits(folder.records)
+    chosen = [record for record in records if record["split"] == split]
+    if not chosen:
+        counts = collections.Counter(record["split"] for record in records)
+        there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+        raise DataError(f"{folder.manifest}: there is no split {split!r}; there is {there}.")
+    return chosen
+
+
+def _hashed_split(group: str) -> str:
+    digest = hashlib.blake2b(group.encode(), digest_size=8).digest()
+    return "val" if int.from_bytes(digest, "big") % 100 < VALIDATION_PERCENT else "train"
+
+
+def _group_repeated_images(records: list[Record]) -> None:
+    """Makes the records of one image a group where no other is named, lest a split put it on both sides."""
+    repeats = collections.Counter(record["image"] for record in records if "image" in record)
+    for record in records:
+        if repeats[record.get("image")] > 1 and "patient_id" not in record and "group_id" not in record:
+            record["group_id"] = record["image"]
+
+
+def _rename(row: Record, chosen: Mapping[str, str], where: str) -> Record:
+    for column, field in chosen.items():
+        if column == field or column not in row:
+            continue
+        if field not in row:
+            row = {field if key == column else key: value for key, value in row.items()}
+        elif column != "text":
+            raise DataError(f"{where}: {column!r} was chosen as {field}, but {field!r} is a field already.")
+    return row
+
+
+def _free_name(base: str, taken: Mapping[str, int]) -> str:
+    """`base`, or with #2, #3, ... where several records share an image; their order tells them apart."""
+    if base not in taken:
+        return base
+    repeat = 2
+    while f"{base}#{repeat}" in taken:
+        repeat += 1
+    return f"{base}#{repeat}"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
