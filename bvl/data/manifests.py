@@ -136,19 +136,16 @@ def _check_header(row: list[str], where: str) -> list[str]:
         low if low in ("id", "image", "text", "caption") else name
         for low, name in zip(lowered, header, strict=True)
     ]
-    repeated = [name for name, count in collections.Counter(header).items() if count > 1]
+    repeated = [name for name, count in collections.Counter(header).items() if name and count > 1]
     if repeated:
         raise DataError(f"{where}: the header names {', '.join(map(repr, repeated))} more than once.")
-    if "" in header:
-        raise DataError(
-            f"{where}: column {header.index('') + 1} has no name; name it in the header or remove it."
-        )
     return header
 
 
 def _parse_cells(cells: dict[str, str], where: str) -> dict[str, Any]:
     """A row as a record: empty cells are absent, labels and boxes become lists."""
-    record: dict[str, Any] = {key: value for key, value in cells.items() if value.strip()}
+    # Columns without a name are the row numbers of a data frame, or the trailing commas of a spreadsheet.
+    record: dict[str, Any] = {key: value for key, value in cells.items() if key and value.strip()}
     for field in ("labels", "boxes"):
         value = record.get(field, "").strip()
         if value.startswith("["):
