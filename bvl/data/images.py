@@ -138,6 +138,10 @@ def _to_uint8(array: np.ndarray, name: str) -> UInt8[np.ndarray, " ..."]:
         return np.ascontiguousarray(array)
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
+    if not np.issubdtype(array.dtype, np.integer) and not np.issubdtype(array.dtype, np.floating):
+        raise ImageError(
+            f"{name}: values of type {array.dtype} are no image; give uint8, uint16 or float in 0..1."
+        )
     low, high = array.min(), array.max()
     if np.issubdtype(array.dtype, np.floating):
         # Written so that NaN fails too. A whisker outside 0..1 is resampling or float error.
@@ -146,17 +150,11 @@ def _to_uint8(array: np.ndarray, name: str) -> UInt8[np.ndarray, " ..."]:
                 f"{name}: floating-point values from {low:g} to {high:g}; scale them to 0..1 or give uint8."
             )
         return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
-    if np.issubdtype(array.dtype, np.integer):
-        if low >= 0 and high <= 255:
-            return array.astype(np.uint8)
-        if low >= 0 and high <= 65535:
-            return np.rint(array / 257.0).astype(np.uint8)
+    if low < 0 or high > 65535:
         raise ImageError(
             f"{name}: integer values from {low} to {high} fit neither 8 nor 16 bits; rescale them first."
         )
-    raise ImageError(
-        f"{name}: values of type {array.dtype} are no image; give uint8, uint16 or float in 0..1."
-    )
+    return array.astype(np.uint8) if high <= 255 else np.rint(array / 257.0).astype(np.uint8)
 
 
 def _mask_ids(array: np.ndarray, name: str) -> Int32[np.ndarray, "h w"]:
