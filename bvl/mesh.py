@@ -48,7 +48,9 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
     devices = jax.devices() if devices is None else devices
     shape = list(config.shape)
     if len(shape) != len(AXES) or sum(s == -1 for s in shape) > 1 or any(s < 1 and s != -1 for s in shape):
-        raise ConfigError(f"mesh.shape={config.shape}: give {len(AXES)} sizes for {AXES}, at most one of them -1")
+        raise ConfigError(
+            f"mesh.shape={config.shape}: give {len(AXES)} sizes for {AXES}, at most one of them -1"
+        )
     if -1 in shape:
         known = math.prod(s for s in shape if s != -1)
         shape[shape.index(-1)] = max(len(devices) // known, 1)
@@ -76,7 +78,10 @@ def num_batch_shards(mesh: Mesh) -> int:
 
 def check_batch_size(batch_size: int, mesh: Mesh, num_hosts: int) -> None:
     """Raise ConfigError unless the global batch splits evenly over batch shards and hosts."""
-    for count, what in ((num_batch_shards(mesh), "batch shards (mesh.shape data x fsdp)"), (num_hosts, "hosts")):
+    for count, what in (
+        (num_batch_shards(mesh), "batch shards (mesh.shape data x fsdp)"),
+        (num_hosts, "hosts"),
+    ):
         if batch_size % count:
             below = batch_size // count * count
             near = [b for b in (below, below + count) if b > 0]
@@ -90,7 +95,9 @@ def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, pat
     axes: list[str | None] = []
     for name, size in zip(names, shape, strict=True):
         if name is not None and name not in rules:
-            raise ConfigError(f"parameter {path}: no rule for the logical axis {name!r} in bvl/mesh.py LOGICAL_RULES")
+            raise ConfigError(
+                f"parameter {path}: no rule for the logical axis {name!r} in bvl/mesh.py LOGICAL_RULES"
+            )
         axis = rules[name] if name is not None else None
         # A dimension that does not divide stays whole; a mesh axis is used once for a parameter.
         if axis is not None and (size % mesh.shape[axis] or axis in axes):

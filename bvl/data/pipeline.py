@@ -1,0 +1,238 @@
+"""From sources to batches. The batch is a function of (seed, step), whatever the number of hosts and workers.
+
+    sampler -> record -> transforms seeded by (seed, position) -> this host's contiguous rows -> batch -> prefetch
+
+position = step * batch_size + row. Everything up to `batch` is random access (grain MapDataset), so a resume
+needs the step alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import absl.flags
+import grain
+import numpy as np
+
+from bvl.data.batch import Need, needs_of
+from bvl.data.sampler import Sampler
+from bvl.data.sources import RecordSet, Source
+from bvl.data.text import Tokenizer, TokenizerConfig, text_id
+from bvl.data.transforms import Augment, Preprocess, apply
+from bvl.errors import ConfigError, DataError, ImageError
+
+logger = logging.getLogger(__name__)
+
+# A record that cannot be read is replaced by another; after this many in a row the source is beyond help.
+MAX_ATTEMPTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """`root` is where sources without a place of their own are read from.
+
+    workers: processes (0 = threads of this process, which is enough where PIL does the work).
+    texts_per_image: K of the text keys. classes: names of the label columns, None = all labels in training.
+    """
+
+    train: tuple[Source, ...] = (Source(),)
+    root: str | None = None
+    preprocess: Preprocess = Preprocess(image_size=224)
+    augment: Augment = Augment()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    texts_per_image: int = 1
+    classes: tuple[str, ...] | None = None
+    max_bad_fraction: float = 0.01
+    workers: int = 0
+    threads: int = 4
+    prefetch: int = 8
+
+    def __post_init__(self):
+        if not self.train:
+            raise ConfigError("data.train is empty: name at least one source")
+        if self.texts_per_image < 1:
+            raise ConfigError(f"data.texts_per_image={self.texts_per_image}: must be at least 1")
+        names = [s.label for s in self.train]
+        if len(set(names)) < len(names) and self.root is None:
+            raise ConfigError(f"data.train: source names must differ, got {names}; set name=")
+
+    def sources(self) -> tuple[Source, ...]:
+        """The training sources with `root` filled in; phantoms give way to a root."""
+        if self.root is None:
+            return self.train
+        placed = tuple(s.at_root(self.root) for s in self.train)
+        if placed == self.train and not any(s.root for s in self.train):
+            return (Source(root=self.root),)
+        return placed
+
+
+class Pipeline:
+    """Training batches of a weighted mixture of record sets."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        sets: list[RecordSet],
+        keys_of_tasks: dict[str, frozenset[str]],
+        tokenizer: Tokenizer | None,
+        classes: tuple[str, ...],
+        batch_size: int,
+        seed: int,
+    ):
+        self.config, self.sets, self.tokenizer, self.classes = config, sets, tokenizer, classes
+        self.batch_size, self.seed = batch_size, seed
+        self.keys = frozenset().union(*keys_of_tasks.values())
+        self.needs = needs_of(self.keys)
+        if Need.TEXT in self.needs and tokenizer is None:
+            raise ConfigError("a task reads text, but no tokenizer was given")
+        needs = {name: needs_of(keys) for name, keys in keys_of_tasks.items()}
+        self.indices, self.left_out = zip(*(s.usable(needs) for s in sets), strict=True)
+        self.sampler = Sampler([len(i) for i in self.indices], [s.config.weight for s in sets], seed)
+        self._class_index = {name: i for i, name in enumerate(classes)}
+
+    @property
+    def num_records(self) -> int:
+        return sum(len(i) for i in self.indices)
+
+    def summary(self) -> list[str]:
+        """A line for each source: how many records, what was left out and why."""
+        lines = []
+        for record_set, index, left_out in zip(self.sets, self.indices, self.left_out, strict=True):
+            why = f" ({', '.join(f'{n} {reason}' for reason, n in left_out.items())})" if left_out else ""
+            share = record_set.config.weight / sum(s.config.weight for s in self.sets)
+            lines.append(
+                f"source {record_set.name}: {len(index)} of {len(record_set)} records{why}, share {share:.1%}"
+            )
+        return lines
+
+    def example(self, position: int) -> dict[str, Any]:
+        """The example at `position`: the declared batch keys, and "bad" with what could not be read."""
+        source, place = self.sampler(position)
+        bad = []
+        for attempt in range(MAX_ATTEMPTS):
+            record = int(self.indices[source][place])
+            try:
+                values = self.build(source, record, np.random.default_rng((self.seed, position)))
+            except ImageError as error:
+                bad.append(
+                    {
+                        "source": self.sets[source].name,
+                        "id": self.sets[source].describe(record)["id"],
+                        "error": str(error),
+                    }
+                )
+                place = self.sampler.replacement(source, position, attempt)
+                continue
+            row = position % self.batch_size
+            return {
+                "row": np.int32(row),
+                "record": np.int32(record),
+                "source": np.int32(source),
+                "valid": np.bool_(True),
+                **values,
+                "bad": bad,
+            }
+        raise DataError(
+            f"source {self.sets[source].name!r}: {MAX_ATTEMPTS} records in a row could not be read; the last: {bad[-1]['error']}"
+        )
+
+    def build(self, source: int, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """The declared keys of one record, augmented with `rng`."""
+        record_set, config = self.sets[source], self.config
+        height, width = config.preprocess.height_width
+        record = record_set.load(index)
+        out: dict[str, np.ndarray] = {}
+        if Need.IMAGE in self.needs:
+            if record.get("image") is None:
+                out["image"] = np.zeros((height, width, 3), np.uint8)
+                out["image_box"] = np.zeros(4, np.float32)
+            else:
+                shown = apply(
+                    record["image"],
+                    preprocess=config.preprocess,
+                    augment=config.augment,
+                    rng=rng,
+                    allow_flip=not record_set.config.laterality,
+                )
+                out["image"], out["image_box"] = shown.image, np.asarray(shown.image_box, np.float32)
+            out["image_valid"] = np.bool_(record.get("image") is not None)
+        if Need.TEXT in self.needs:
+            count = config.texts_per_image
+            texts = record_set.choice.pick(record, rng, count)
+            out["text_valid"] = np.full(count, bool(texts))
+            out["text"], out["text_mask"] = self.tokenizer.encode_texts(texts or [""] * count)
+            out["text_id"] = np.array([text_id(t) for t in texts or [""] * count], np.uint32)
+        if Need.LABELS in self.needs:
+            out["labels"], out["label_valid"] = encode_labels(record, self._class_index)
+        return {k: v for k, v in out.items() if k in self.keys}
+
+    def batches(
+        self, *, start: int, stop: int, host: int = 0, num_hosts: int = 1
+    ) -> Iterator[tuple[dict[str, np.ndarray], list[dict[str, str]]]]:
+        """(batch, unreadable records met on the way) of steps start .. stop-1: this host's contiguous rows."""
+        rows = self.batch_size // num_hosts
+
+        def example(local: int) -> dict[str, Any]:
+            step, row = divmod(local, rows)
+            return self.example(step * self.batch_size + host * rows + row)
+
+        dataset = (
+            grain.MapDataset.range(start * rows, stop * rows).map(example).batch(rows, batch_fn=_collate)
+        )
+        options = grain.ReadOptions(
+            num_threads=self.config.threads, prefetch_buffer_size=self.config.prefetch
+        )
+        if self.config.workers:
+            # grain's worker processes read absl flags, which nobody parsed in a library call.
+            if not absl.flags.FLAGS.is_parsed():
+                absl.flags.FLAGS.mark_as_parsed()
+            stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.config.workers))
+        else:
+            stream = dataset.to_iter_dataset(options)
+        for batch in stream:
+            bad = batch.pop("bad")
+            yield batch, bad
+
+
+def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = {k: np.stack([e[k] for e in examples]) for k in examples[0] if k != "bad"}
+    batch["bad"] = [b for e in examples for b in e["bad"]]
+    return batch
+
+
+def encode_labels(record: dict[str, Any], class_index: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(labels f32 [C], label_valid bool [C]).
+
+    A record without "labels" is valid for no class. With "labels_known" (names that were looked for) it is
+    valid for those, else for all classes.
+    """
+    labels = np.zeros(len(class_index), np.float32)
+    names = record.get("labels")
+    if names is None:
+        return labels, np.zeros(len(class_index), bool)
+    for name in names:
+        if name in class_index:
+            labels[class_index[name]] = 1.0
+    known = record.get("labels_known")
+    if known is None:
+        return labels, np.ones(len(class_index), bool)
+    return labels, np.array([name in known or labels[i] > 0 for name, i in class_index.items()], bool)
+
+
+def label_names(sets: list[RecordSet]) -> tuple[str, ...]:
+    """All labels of the records, sorted."""
+    return tuple(
+        sorted({name for s in sets for i in range(len(s)) for name in s.describe(i).get("labels") or ()})
+    )
+
+
+def training_texts(sets: list[RecordSet]) -> Iterator[str]:
+    """Every text that training could show, once for each record and field."""
+    for record_set in sets:
+        for i in range(len(record_set)):
+            yield from record_set.choice.all(record_set.describe(i))

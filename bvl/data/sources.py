@@ -1,0 +1,158 @@
+"""Sources of records: a folder or CSV on disk, or phantoms. Random access, text first, pixels on demand."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bvl.data import records as records_lib
+from bvl.data.batch import Need, missing
+from bvl.data.images import load_mask, open_image
+from bvl.data.phantoms import FINDINGS, Phantoms, PhantomSource
+from bvl.data.text import TextChoice
+from bvl.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where records come from and how they are read.
+
+    root: a folder with records.jsonl (or one CSV), or the file itself; `phantoms`: generated instead.
+    split: the split to read, None = all. Where no record has one, 90 % are "train" and 10 % "val", by group.
+    text: the field to read, or fields with probabilities; "labels" fills `templates`.
+    laterality: left and right matter, so horizontal flips are forbidden.
+    cache: keep decoded images in memory (for sets that fit).
+    """
+
+    name: str = ""
+    root: str | None = None
+    phantoms: Phantoms | None = None
+    split: str | None = "train"
+    weight: float = 1.0
+    text: str | dict[str, float] = "caption"
+    templates: tuple[str, ...] = ()
+    laterality: bool = True
+    cache: bool = False
+    image_column: str = "image"
+    text_column: str | None = None
+
+    def __post_init__(self):
+        if self.root is not None and self.phantoms is not None:
+            raise ConfigError(f"source {self.name or self.root!r}: give root or phantoms, not both")
+        if self.weight <= 0:
+            raise ConfigError(f"source {self.name or self.root!r}: weight={self.weight} must be above 0")
+        TextChoice.of(self.text, self.templates)
+
+    @property
+    def label(self) -> str:
+        """The name shown in logs and evaluations."""
+        if self.name:
+            return self.name
+        if self.phantoms is not None:
+            return "phantoms"
+        return Path(self.root).stem if self.root else "unnamed"
+
+    def at_root(self, root: str) -> Source:
+        """This source, reading `root` where it has no place of its own yet."""
+        return self if self.root or self.phantoms else dataclasses.replace(self, root=root)
+
+
+class RecordSet:
+    """The records of one split of an opened source."""
+
+    def __init__(self, source: Source):
+        self.config = source
+        self.name = source.label
+        self.choice = TextChoice.of(source.text, source.templates)
+        self._cache: dict[int, dict[str, Any]] = {}
+        self.root: Path | None = None
+        if source.phantoms is not None:
+            self._phantoms = PhantomSource(source.phantoms)
+            everything = np.arange(len(self._phantoms))
+            self._index = everything if source.split is None else self._phantoms.indices(source.split)
+            self._records = [_with_known_labels(self._phantoms.describe(int(i))) for i in self._index]
+        elif source.root is not None:
+            folder = records_lib.read_records(
+                source.root, image_column=source.image_column, text_column=source.text_column
+            )
+            self._phantoms = None
+            self.root = folder.root
+            self._records = records_lib.select_split(folder, source.split)
+        else:
+            raise ConfigError(f"source {self.name!r} has no place: set data.root=DIR (or its root=)")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """The record without pixels ("image" says only whether and where there is one)."""
+        return self._records[index]
+
+    def load(self, index: int, *, mask: bool = False) -> dict[str, Any]:
+        """The record with "image" decoded (PIL, mode L or RGB, or uint8 [h, w, 3]) and, if asked, "mask" as
+        int [h, w]; None where absent.
+
+        Raises ImageError for a file that cannot be read.
+        """
+        if index in self._cache and not mask:
+            return self._cache[index]
+        record = dict(self._records[index])
+        if self._phantoms is not None:
+            record |= {
+                k: v for k, v in self._phantoms[int(self._index[index])].items() if k in ("image", "mask")
+            }
+        else:
+            if record.get("image") is not None:
+                record["image"] = open_image(record["image"], self.root)
+            if record.get("mask") is not None:
+                record["mask"] = load_mask(record["mask"], self.root) if mask else None
+        if self.config.cache and not mask:
+            self._cache[index] = record
+        return record
+
+    def groups(self) -> list[str]:
+        return [records_lib.group_of(r) for r in self._records]
+
+    def group_unit(self) -> str:
+        """What an interval is resampled by: "patient" where records have groups, else "image"."""
+        return "patient" if records_lib.has_groups(self._records) else "image"
+
+    def split_hash(self) -> str:
+        """Hash of the ids of the records, in order."""
+        return hashlib.sha256("\n".join(r["id"] for r in self._records).encode()).hexdigest()[:12]
+
+    def licences(self) -> dict[str, int]:
+        return dict(collections.Counter(str(r.get("licence") or "not stated") for r in self._records))
+
+    def usable(self, needs_of_tasks: dict[str, frozenset[Need]]) -> tuple[np.ndarray, dict[str, int]]:
+        """(indices of records that give at least one task all it needs, count by reason of those left out)."""
+        keep, left_out = [], collections.Counter()
+        for i, record in enumerate(self._records):
+            absent = [missing(record, needs, self.choice) for needs in needs_of_tasks.values()]
+            if any(not a for a in absent):
+                keep.append(i)
+            else:
+                left_out["without " + " and ".join(sorted(n.value for n in min(absent, key=len)))] += 1
+        if not keep:
+            reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
+            raise DataError(
+                f"source {self.name!r} (split {self.config.split!r}): none of its {len(self)} records has what the tasks "
+                f"{', '.join(needs_of_tasks)} need: {reasons}. Fields that its records have: {', '.join(self._fields())}"
+            )
+        return np.asarray(keep), dict(left_out)
+
+    def _fields(self) -> list[str]:
+        return sorted({k for r in self._records[:1000] for k, v in r.items() if v is not None})
+
+
+def _with_known_labels(record: dict[str, Any]) -> dict[str, Any]:
+    """A phantom is judged on the findings of its modality, and it always has an image to draw."""
+    return {**record, "image": record["id"], "labels_known": list(FINDINGS[record["modality"]])}

@@ -1,0 +1,241 @@
+"""Text of a record: which field is read, and how it becomes token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Int32
+
+from bvl.errors import ConfigError, DataError
+
+PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[START]", "[END]"
+# The names that public tokenizers give to these roles, ours first.
+ROLES: dict[str, tuple[str, ...]] = {
+    "pad": (PAD, "<pad>", "<|endoftext|>", "<|end_of_text|>"),
+    "start": (START, "[CLS]", "<s>", "<|startoftext|>", "<start_of_text>"),
+    "end": (END, "[SEP]", "</s>", "<|endoftext|>", "<end_of_text>"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """`path` loads a tokenizer.json or vocab.txt; without it one is trained on the training text and kept in the run."""
+
+    path: str | None = None
+    kind: Literal["wordpiece", "bpe"] = "wordpiece"
+    vocab_size: int = 4096
+    lowercase: bool = True
+    context_length: int = 64
+
+    def __post_init__(self):
+        if self.context_length < 3:
+            raise ConfigError(
+                f"context_length={self.context_length}: start, one token and end need at least 3"
+            )
+        if self.vocab_size < 8:
+            raise ConfigError(f"vocab_size={self.vocab_size}: must be at least 8")
+
+
+class Tokenizer:
+    """A Hugging Face `tokenizers` model with start, end and padding to a fixed context length."""
+
+    def __init__(self, model: tokenizers.Tokenizer, context_length: int):
+        model.no_padding()
+        model.no_truncation()
+        self._model = model
+        self.context_length = context_length
+        self.pad_id, self.start_id, self.end_id = (_role_id(model, role) for role in ("pad", "start", "end"))
+        self.vocab_size = model.get_vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+        """Learn a vocabulary of at most `config.vocab_size` from `texts`."""
+        special = [PAD, UNKNOWN, START, END]
+        texts = list(texts)
+        if config.kind == "wordpiece":
+            model = _train_wordpiece(texts, config, special)
+        else:
+            model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=UNKNOWN))
+            model.normalizer = _normalizer(config)
+            model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+            model.decoder = tokenizers.decoders.ByteLevel()
+            trainer = tokenizers.trainers.BpeTrainer(
+                vocab_size=config.vocab_size,
+                special_tokens=special,
+                show_progress=False,
+                initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            )
+            model.train_from_iterator(texts, trainer)
+        if model.get_vocab_size() <= len(special):
+            raise DataError("the training text is empty: no tokenizer can be trained on it")
+        return cls(model, config.context_length)
+
+    @classmethod
+    def load(cls, path: str | Path, context_length: int, lowercase: bool = True) -> Tokenizer:
+        """Read a tokenizer.json, or a BERT vocab.txt (`lowercase` then says whether it is uncased)."""
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"no tokenizer file {path}")
+        if path.suffix == ".txt":
+            vocab = {word: i for i, word in enumerate(path.read_text(encoding="utf-8").splitlines())}
+            model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+            model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
+            model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+            model.decoder = tokenizers.decoders.WordPiece()
+            return cls(model, context_length)
+        try:
+            model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for a bad file
+            raise DataError(
+                f"{path} is not a tokenizer.json that tokenizers {tokenizers.__version__} reads: {error}"
+            ) from error
+        return cls(model, context_length)
+
+    def save(self, path: Path) -> None:
+        self._model.save(str(path))
+
+    def encode(self, text: str) -> tuple[Int32[np.ndarray, " t"], Bool[np.ndarray, " t"], bool]:
+        """(ids, mask, truncated): start + text + end, padded; a cut text keeps its end token."""
+        ids = self._model.encode(text, add_special_tokens=False).ids
+        room = self.context_length - 2
+        truncated = len(ids) > room
+        ids = [self.start_id, *ids[:room], self.end_id]
+        tokens = np.full(self.context_length, self.pad_id, np.int32)
+        tokens[: len(ids)] = ids
+        return tokens, np.arange(self.context_length) < len(ids), truncated
+
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "n t"], Bool[np.ndarray, "n t"]]:
+        """Token ids and masks of several texts."""
+        rows = [self.encode(text) for text in texts]
+        return np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` up to the first end token, without the special tokens."""
+        out = []
+        for i in ids:
+            if i == self.end_id:
+                break
+            if i not in (self.pad_id, self.start_id):
+                out.append(int(i))
+        return self._model.decode(out, skip_special_tokens=False).strip()
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """How many of `texts` are longer than the context."""
+        return sum(
+            len(e.ids) > self.context_length - 2
+            for e in self._model.encode_batch(list(texts), add_special_tokens=False)
+        )
+
+    @property
+    def hash(self) -> str:
+        """Hash of vocabulary and rules; two tokenizers with the same hash give the same ids."""
+        return hashlib.sha256(self._model.to_str().encode()).hexdigest()[:12]
+
+
+def _normalizer(config: TokenizerConfig) -> tokenizers.normalizers.Normalizer:
+    lower = [tokenizers.normalizers.Lowercase()] if config.lowercase else []
+    return tokenizers.normalizers.Sequence([tokenizers.normalizers.NFKC(), *lower])
+
+
+def _wordpiece(vocab: dict[str, int], config: TokenizerConfig) -> tokenizers.Tokenizer:
+    model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token=UNKNOWN))
+    model.normalizer = _normalizer(config)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    model.decoder = tokenizers.decoders.WordPiece()
+    return model
+
+
+def _train_wordpiece(texts: list[str], config: TokenizerConfig, special: list[str]) -> tokenizers.Tokenizer:
+    """The library numbers the "##x" pieces in the order of a randomly seeded hash map, so two trainings on the
+    same text differ. Naming them as special tokens pins their order; the second model forgets that they were.
+    """
+
+    def train(fixed: list[str]) -> dict[str, int]:
+        model = _wordpiece({}, config)
+        size = max(config.vocab_size, len(fixed))
+        trainer = tokenizers.trainers.WordPieceTrainer(
+            vocab_size=size, special_tokens=fixed, show_progress=False
+        )
+        model.train_from_iterator(texts, trainer)
+        return model.get_vocab()
+
+    pieces = sorted(w for w in train(special) if w.startswith("##") and len(w) == 3)
+    model = _wordpiece(train([*special, *pieces]), config)
+    model.add_special_tokens(special)
+    return model
+
+
+def _role_id(model: tokenizers.Tokenizer, role: str) -> int:
+    for name in ROLES[role]:
+        if (token_id := model.token_to_id(name)) is not None:
+            return token_id
+    raise DataError(f"the tokenizer has no {role} token; looked for {', '.join(ROLES[role])}")
+
+
+def text_id(text: str) -> int:
+    """32-bit hash of a text without regard to case and spacing; equal texts are each other's positives."""
+    return zlib.crc32(" ".join(text.lower().split()).encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class TextChoice:
+    """Which text of a record is read: fields with probabilities, or labels through templates.
+
+    Fields that are null or empty in a record are left out and the rest renormalised. A field may hold one
+    string or a list of alternatives. `templates` hold "{}", which is filled with the record's labels,
+    comma-separated; they come into play through the field name "labels".
+    """
+
+    fields: tuple[tuple[str, float], ...]
+    templates: tuple[str, ...] = ("{}",)
+
+    @classmethod
+    def of(cls, text: str | dict[str, float], templates: Sequence[str] = ()) -> TextChoice:
+        fields = {text: 1.0} if isinstance(text, str) else text
+        if not fields or any(p <= 0 for p in fields.values()):
+            raise ConfigError(f"text={text!r}: give field names with probabilities above 0")
+        bad = [t for t in templates if "{}" not in t]
+        if bad:
+            raise ConfigError(f"template {bad[0]!r} has no '{{}}' for the label")
+        return cls(tuple(fields.items()), tuple(templates) or ("{}",))
+
+    def candidates(self, record: dict[str, Any]) -> Iterator[tuple[float, list[str]]]:
+        """(probability before renormalising, alternatives) of every field that the record has."""
+        for name, probability in self.fields:
+            value = record.get(name)
+            if name == "labels":
+                value = [t.format(", ".join(value)) for t in self.templates] if value else None
+            options = [value] if isinstance(value, str) else list(value or ())
+            options = [o for o in options if isinstance(o, str) and o.strip()]
+            if options:
+                yield probability, options
+
+    def all(self, record: dict[str, Any]) -> list[str]:
+        """Every text that `pick` could return."""
+        return [text for _, options in self.candidates(record) for text in options]
+
+    def pick(self, record: dict[str, Any], rng: np.random.Generator, count: int = 1) -> list[str]:
+        """`count` texts; different fields first, with repetition only where there are too few."""
+        candidates = list(self.candidates(record))
+        if not candidates:
+            return []
+        weights = np.array([p for p, _ in candidates])
+        picked: list[str] = []
+        while len(picked) < count:
+            size = min(count - len(picked), len(candidates))
+            for i in rng.choice(len(candidates), size, replace=False, p=weights / weights.sum()):
+                options = candidates[i][1]
+                picked.append(options[int(rng.integers(len(options)))])
+        return picked
+
+    def first(self, record: dict[str, Any]) -> str | None:
+        """The text for evaluation: the first option of the most probable field; no randomness."""
+        candidates = sorted(self.candidates(record), key=lambda c: -c[0])
+        return candidates[0][1][0] if candidates else None
