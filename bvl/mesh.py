@@ -123,8 +123,14 @@ def shardings_of(abstract: Any, mesh: Mesh) -> Any:
 def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> tuple[Any, Any]:
     """Run `init(*args)` so that every array is born with its sharding; returns (unboxed tree, shardings)."""
     shardings = shardings_of(jax.eval_shape(init, *args), mesh)
-    tree = jax.jit(lambda *a: nn.meta.unbox(init(*a)), out_shardings=shardings)(*args)
+    tree = jax.jit(lambda *a: unbox(init(*a)), out_shardings=shardings)(*args)
     return tree, shardings
+
+
+def unbox(tree: Any) -> Any:
+    """The tree without the Linen boxes that carry logical axis names."""
+    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,0 +1,116 @@
+"""The command line: one thin verb per function. `bvl VERB --help` shows an example of each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bvl.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code (0 done, 1 a problem the message explains, 2 wrong usage, 130 Ctrl-C)."""
+    # Quiet libraries: their start-up notes hide ours.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    args = _parser().parse_args(argv)
+    from bvl.train.metrics_log import set_up_logging
+
+    set_up_logging()
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"bvl {args.verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"bvl {args.verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; that is no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bvl", description="Biomedical vision-language models in JAX.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = _verb(verbs, "train", _train, "train a model from a config, or go on where its run folder stands",
+                  "bvl train configs/quickstart.py workdir=runs/quickstart steps=200")  # fmt: skip
+    train.add_argument("config", help="path/to/config.py, or path/to/config.py:ARG")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=3e-4 workdir=runs/x")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    train.add_argument("--force", action="store_true", help="go on in a run folder of another config")
+
+    evaluate = _verb(verbs, "eval", _eval, "evaluate a run on a folder of records",
+                     "bvl eval runs/quickstart --data my_scans --split test")  # fmt: skip
+    evaluate.add_argument("run_folder", metavar="RUN", help="run folder")
+    evaluate.add_argument("--data", required=True, help="folder with records.jsonl or a CSV, or the file itself")
+    evaluate.add_argument("--split", help="split to read; default: test, else val, else all records")
+    evaluate.add_argument("--name", help="name of the result, default: the folder's name")
+    _reading(evaluate)
+
+    embed = _verb(verbs, "embed", _embed, "embed any number of images, and the texts of records, into an .npz",
+                  "bvl embed runs/quickstart my_scans --out my_scans.npz")  # fmt: skip
+    embed.add_argument("run_folder", metavar="RUN", help="run folder")
+    embed.add_argument("images", nargs="+", help="image files, folders of images, or a folder or file of records")
+    embed.add_argument("--out", required=True, help="the .npz to write: ids, image_embed [n, d] and, for records, text_embed")
+    embed.add_argument("--split", help="split of the records, default: all")
+    _reading(embed)
+
+    data = verbs.add_parser("data", help="make and look at data")
+    kinds = data.add_subparsers(dest="data_verb", required=True, metavar="WHAT")
+    phantoms = _verb(kinds, "phantoms", _data_phantoms, "write phantoms as a folder with records.jsonl",
+                     "bvl data phantoms my_phantoms --n 1000 --size 128")  # fmt: skip
+    phantoms.add_argument("out", help="folder to write; must be empty or new")
+    phantoms.add_argument("--n", type=int, default=1000, help="number of images (default 1000)")
+    phantoms.add_argument("--size", type=int, default=64, help="side in pixels (default 64)")
+    phantoms.add_argument("--seed", type=int, default=0)
+    show = _verb(kinds, "show", _data_show, "write a contact sheet of what the model will see",
+                 "bvl data show configs/quickstart.py --augmented --out sheet.png")  # fmt: skip
+    show.add_argument("config", help="path/to/config.py, or path/to/config.py:ARG")
+    show.add_argument("overrides", nargs="*", metavar="key=value")
+    show.add_argument("--augmented", action="store_true", help="as in training; default: as in evaluation")
+    show.add_argument("--n", type=int, default=24, help="number of images (default 24)")
+    show.add_argument("--out", default="contact_sheet.png", help="the PNG to write (default contact_sheet.png)")
+    return parser
+
+
+def _verb(verbs, name: str, run, text: str, example: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", default="latest", help='"latest" (default), "best", or a step')
+    parser.add_argument("--batch-size", type=int, default=64)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from bvl import config as config_lib
+
+    config = config_lib.load_config(args.config, args.overrides)
+    if args.dry_run:
+        print(config_lib.dump(config), end="")
+        return 0
+    from bvl.train.loop import train
+
+    return train(config, force=args.force)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    return 0
+
+
+def _embed(args): return 0
+def _data_phantoms(args): return 0
+def _data_show(args): return 0

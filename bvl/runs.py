@@ -1,0 +1,282 @@
+"""The run folder: where its files lie, its lock, and how a model is loaded from it.
+
+config.json  env.json  checkpoints/  metrics.jsonl  eval.json  eval/<name>.json  predictions/*.jsonl
+tokenizer.json  preprocess.json  classes.json  bad_records.jsonl
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bvl import config as config_lib
+from bvl.checkpoint import Checkpoints
+from bvl.data.images import open_image
+from bvl.data.text import Tokenizer
+from bvl.data.transforms import Preprocess, apply
+from bvl.errors import CheckpointError, RunFolderError
+from bvl.mesh import MeshConfig, make_mesh, num_batch_shards, replicated, to_global
+from bvl.models.features import ImageFeatures, TextFeatures
+from bvl.models.vlm import DualEncoder, normalize_image
+
+
+class RunFolder:
+    """Paths of a run folder, its lock and the check that it belongs to a config."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.env = self.path / "env.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.eval = self.path / "eval.json"
+        self.evals = self.path / "eval"
+        self.predictions = self.path / "predictions"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.preprocess = self.path / "preprocess.json"
+        self.classes = self.path / "classes.json"
+        self.bad_records = self.path / "bad_records.jsonl"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder; raises RunFolderError naming the process that holds it already."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / ".lock", "a+")
+        except OSError as error:
+            raise RunFolderError(f"workdir {self.path} cannot be written: {error.strerror}") from error
+        with file:
+            try:
+                # The kernel drops the lock with the process, also after kill -9.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise RunFolderError(
+                    f"workdir {self.path} is in use by {holder}; stop that run or choose another workdir"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            file.flush()
+            yield
+
+    def claim(self, config: config_lib.Config, *, force: bool) -> None:
+        """Write config.json, or check that the folder was started with this config.
+
+        Raises RunFolderError with the differing keys unless `force`.
+        """
+        if self.config.is_file():
+            old = json.loads(self.config.read_text())
+            lines = config_lib.difference(old, config_lib.to_dict(config))
+            if lines and not force:
+                raise RunFolderError(
+                    f"workdir {self.path} belongs to another config:\n  "
+                    + "\n  ".join(lines)
+                    + "\nchoose another workdir, or add --force to go on with the new values"
+                )
+        elif self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            raise RunFolderError(
+                f"workdir {self.path} has checkpoints but no config.json; choose another workdir"
+            )
+        write_atomic(self.config, config_lib.dump(config))
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file that is either the old one or the whole new one, whenever the process dies."""
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def build_model(config: config_lib.Config, tokenizer: Tokenizer) -> DualEncoder:
+    """The model of a config; vocabulary, context and image size come from the tokenizer and the preprocessing."""
+    return DualEncoder(
+        config.model,
+        image_size=config.data.preprocess.height_width,
+        vocab_size=tokenizer.vocab_size,
+        context_length=tokenizer.context_length,
+        end_id=tokenizer.end_id,
+        dtype=jnp.dtype(config.precision),
+    )
+
+
+class Encoder:
+    """Compiled encoding of padded batches, shared by everything that reads a model."""
+
+    def __init__(self, model: DualEncoder, preprocess: Preprocess, mesh: jax.sharding.Mesh):
+        self.mesh, self.preprocess = mesh, preprocess
+
+        def image(params, image, need):
+            image = normalize_image(image, preprocess.mean, preprocess.std, model.dtype)
+            return model.apply({"params": params}, image, need, method="encode_image")
+
+        def text(params, tokens, mask, need):
+            return model.apply({"params": params}, tokens, mask, need, method="encode_text")
+
+        self.image = jax.jit(image, static_argnames="need", out_shardings=replicated(mesh))
+        self.text = jax.jit(text, static_argnames="need", out_shardings=replicated(mesh))
+        self.scale_and_bias = jax.jit(lambda p: model.apply({"params": p}, method="logit_scale_and_bias"))
+
+
+@dataclasses.dataclass
+class Components:
+    """A loaded model and all that belongs to it. `params` = {"model": ..., "heads": {task: ...}}."""
+
+    model: DualEncoder
+    params: Any
+    tokenizer: Tokenizer
+    preprocess: Preprocess
+    config: config_lib.Config
+    classes: tuple[str, ...]
+    encoder: Encoder
+    step: int = 0
+    _hash: str | None = None
+
+    def encode_images(
+        self, images: Iterable[Any], need: frozenset[str], batch_size: int = 64
+    ) -> Iterator[ImageFeatures]:
+        """Features (numpy) of images of any kind and number, batch by batch, in order."""
+        for chunk in _batched(images, batch_size):
+            pixels = np.stack([self.pixels(image) for image in chunk])
+            features = self.encoder.image(self.params["model"], self._padded(pixels, batch_size), need=need)
+            yield _first_rows(features, len(chunk))
+
+    def encode_texts(
+        self, texts: Iterable[str], need: frozenset[str], batch_size: int = 64
+    ) -> Iterator[TextFeatures]:
+        """Features (numpy) of texts, batch by batch, in order."""
+        for chunk in _batched(texts, batch_size):
+            tokens, mask = self.tokenizer.encode_texts(chunk)
+            features = self.encoder.text(
+                self.params["model"],
+                self._padded(tokens, batch_size),
+                self._padded(mask, batch_size),
+                need=need,
+            )
+            yield _first_rows(features, len(chunk))
+
+    def pixels(self, image: Any) -> np.ndarray:
+        """The evaluation view of one image: uint8 [H, W, 3]."""
+        return apply(open_image(image), preprocess=self.preprocess).image
+
+    def scale_and_bias(self) -> tuple[float, float]:
+        scale, bias = self.encoder.scale_and_bias(self.params["model"])
+        return float(scale), float(bias)
+
+    def weights_hash(self) -> str:
+        """Short hash of the parameters' values."""
+        if self._hash is None:
+            digest = hashlib.sha256()
+            for path, leaf in sorted(
+                (jax.tree_util.keystr(path), leaf)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(self.params["model"])
+            ):
+                digest.update(path.encode())
+                digest.update(np.ascontiguousarray(leaf).tobytes())
+            self._hash = digest.hexdigest()[:12]
+        return self._hash
+
+    def _padded(self, rows: np.ndarray, batch_size: int) -> jax.Array:
+        # One shape, one compilation: the last batch is filled up.
+        shards = num_batch_shards(self.encoder.mesh)
+        size = -(-batch_size // shards) * shards
+        padded = np.zeros((size, *rows.shape[1:]), rows.dtype)
+        padded[: len(rows)] = rows
+        return to_global({"rows": padded}, self.encoder.mesh)["rows"]
+
+
+def _first_rows(features: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x)[:count], features)
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def load_components(
+    spec: str | Path, *, checkpoint: str | int = "latest", use_ema: bool = True
+) -> Components:
+    """Load a run folder onto one device. Needs nothing outside the folder.
+
+    checkpoint: "latest", "best" (by the config's checkpoint.best), or a step.
+    use_ema: take the moving average of the parameters where the run keeps one.
+    Raises RunFolderError or CheckpointError.
+    """
+    run = RunFolder(spec)
+    if not run.config.is_file():
+        there = (
+            ", ".join(sorted(p.name for p in run.path.iterdir())[:8])
+            if run.path.is_dir()
+            else "no such folder"
+        )
+        raise RunFolderError(f"{run.path} is no run folder: config.json is missing ({there})")
+    config = config_lib.load_dump(run.config)
+    for file in (run.tokenizer, run.preprocess):
+        if not file.is_file():
+            raise RunFolderError(f"{run.path} is incomplete: {file.name} is missing; did its training start?")
+    tokenizer = Tokenizer.load(run.tokenizer, config.data.tokenizer.context_length)
+    preprocess = Preprocess.from_dict(json.loads(run.preprocess.read_text()))
+    classes = tuple(json.loads(run.classes.read_text())) if run.classes.is_file() else ()
+    if not run.checkpoints.is_dir():
+        raise CheckpointError(f"{run.path} has no checkpoint yet")
+    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    try:
+        step = _choose(checkpoints, checkpoint, config, run.path)
+        item = "ema" if use_ema and checkpoints.describe(step, "ema") is not None else "params"
+        mesh = make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)),
+            checkpoints.describe(step, item),
+        )
+        params = checkpoints.restore(step, {item: abstract})[item]
+    finally:
+        checkpoints.close()
+    model = build_model(config, tokenizer)
+    check_vocabulary(params["model"], tokenizer, str(run.path))
+    return Components(
+        model, params, tokenizer, preprocess, config, classes, Encoder(model, preprocess, mesh), step
+    )
+
+
+def _choose(checkpoints: Checkpoints, wanted: str | int, config: config_lib.Config, path: Path) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise CheckpointError(f"{path} has no complete checkpoint yet")
+    if wanted == "latest":
+        return steps[-1]
+    if wanted == "best":
+        name = config.checkpoint.best
+        step = checkpoints.best(name, config.checkpoint.best_mode) if name else None
+        if step is None:
+            raise CheckpointError(
+                f"{path}: no checkpoint has the metric checkpoint.best={name!r}; steps are {steps}"
+            )
+        return step
+    if int(wanted) not in steps:
+        raise CheckpointError(f"{path} has no checkpoint of step {wanted}; steps are {steps}")
+    return int(wanted)
+
+
+def check_vocabulary(params: Any, tokenizer: Tokenizer, where: str) -> None:
+    """Raise CheckpointError unless the token embedding has a row for every id of the tokenizer."""
+    rows = params["text"]["token_embed"].shape[0]
+    if rows != tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the checkpoint's text tower {rows}; "
+            f"use the tokenizer.json that was saved with the checkpoint"
+        )

@@ -1,0 +1,110 @@
+"""What a task is. The training step knows this interface and no task by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+Features = Any  # ImageFeatures or TextFeatures
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Something to be encoded: the batch's images or texts, by the trained model or a frozen one.
+
+    need: fields of the features. encoder: "model", or a name from the config's `frozen`.
+    """
+
+    kind: Literal["image", "text"]
+    need: frozenset[str] = frozenset({"embed"})
+    encoder: str = "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """An extra module of a task and the shape of its input without the batch axis."""
+
+    module: nn.Module
+    input_shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """What a task may need to know to make its heads."""
+
+    image_width: int
+    text_width: int
+    embed_dim: int
+    classes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a loss sees.
+
+    features: kind -> features of the trained model; texts come as [B * K, ...].
+    frozen: encoder name -> kind -> features, without gradient.
+    heads: name -> the task's head with its parameters applied.
+    scale, bias: of the contrastive logits.
+    """
+
+    features: dict[str, Features]
+    frozen: dict[str, dict[str, Features]]
+    heads: dict[str, Callable[..., Any]]
+    scale: Float[Array, ""]
+    bias: Float[Array, ""]
+    batch: dict[str, jax.Array]
+    extra: Any
+    rng: jax.Array
+    step: jax.Array
+    mesh: Mesh
+    info: ModelInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOutput:
+    """`metrics`: name -> (total, count), summed before they are divided. `extra`: the task's new extra state."""
+
+    loss: Float[Array, ""]
+    metrics: Metrics = dataclasses.field(default_factory=dict)
+    extra: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """Base of all tasks: `weight` is the factor of its loss in the sum."""
+
+    weight: float = 1.0
+
+    # False where the loss needs all rows of the batch at once.
+    per_example = True
+
+    def fields(self) -> frozenset[str]:
+        """The batch keys the loss reads (bvl/data/batch.py)."""
+        raise NotImplementedError
+
+    def views(self) -> tuple[View, ...]:
+        """What is to be encoded. Equal kinds are encoded once a step, for all tasks together."""
+        raise NotImplementedError
+
+    def heads(self, info: ModelInfo) -> dict[str, Head]:
+        """Extra modules; their parameters are trained with the model's."""
+        return {}
+
+    def init_extra(self, info: ModelInfo) -> Any:
+        """Extra state that is not a parameter (moving averages, queues); checkpointed."""
+        return None
+
+    def loss(self, ctx: Context) -> LossOutput:
+        raise NotImplementedError
+
+    def after_update(self, extra: Any, params: Any) -> Any:
+        """New extra state from the updated parameters (moving-average teachers); pure, inside the jit."""
+        return extra

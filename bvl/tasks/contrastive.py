@@ -1,0 +1,155 @@
+"""Contrastive image-text pretraining, and the predictions that its model can make."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from bvl.errors import ConfigError
+from bvl.losses.contrastive import diagonal, same_labels, same_text, sigmoid_loss, softmax_loss
+from bvl.runs import Components
+from bvl.tasks.base import Context, LossOutput, Task, View
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrastive(Task):
+    """Pull an image and its text together, push others apart.
+
+    loss: "softmax" (CLIP) or "sigmoid" (SigLIP), see bvl/losses/contrastive.py.
+    targets: what counts as a positive beside an image's own texts: nothing ("diagonal"), equal texts
+    ("same_text"), equal label sets ("same_labels") or overlapping ones by their share ("overlapping_labels").
+    direction_weights: of image-to-text and text-to-image (softmax).
+    chunk_size: columns of logits held at once, None = chosen by size.
+    """
+
+    loss_type: Literal["softmax", "sigmoid"] = "softmax"
+    targets: Literal["diagonal", "same_text", "same_labels", "overlapping_labels"] = "same_text"
+    label_smoothing: float = 0.0
+    direction_weights: tuple[float, float] = (0.5, 0.5)
+    chunk_size: int | None = None
+
+    per_example = False
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
+        if self.loss_type == "sigmoid" and (self.label_smoothing or self.direction_weights != (0.5, 0.5)):
+            raise ConfigError("label_smoothing and direction_weights belong to loss_type='softmax'")
+
+    def fields(self) -> frozenset[str]:
+        keys = {"image", "image_valid", "text", "text_mask", "text_valid"}
+        if self.targets == "same_text":
+            keys |= {"text_id"}
+        if self.targets.endswith("_labels"):
+            keys |= {"labels"}
+        return frozenset(keys)
+
+    def views(self) -> tuple[View, ...]:
+        return View("image"), View("text")
+
+    def loss(self, ctx: Context) -> LossOutput:
+        batch = ctx.batch
+        image, text = ctx.features["image"].embed, ctx.features["text"].embed
+        # A pair counts only where both halves are there.
+        text_valid = (batch["text_valid"] & batch["image_valid"][:, None]).reshape(-1)
+        image_valid = batch["image_valid"] & batch["text_valid"].any(1)
+        options: dict[str, Any] = dict(
+            targets=self._targets(batch),
+            image_valid=image_valid,
+            text_valid=text_valid,
+            mesh=ctx.mesh,
+            chunk_size=self.chunk_size,
+        )
+        if self.loss_type == "softmax":
+            loss = softmax_loss(
+                image,
+                text,
+                scale=ctx.scale,
+                label_smoothing=self.label_smoothing,
+                direction_weights=self.direction_weights,
+                **options,
+            )
+        else:
+            loss = sigmoid_loss(image, text, scale=ctx.scale, bias=ctx.bias, **options)
+        pairs = image_valid.sum().astype(jnp.float32)
+        one = jnp.ones(())
+        metrics = {"loss": (loss * pairs, pairs), "pairs": (pairs, one), "scale": (ctx.scale, one)}
+        if self.loss_type == "sigmoid":
+            metrics["bias"] = (ctx.bias, one)
+        return LossOutput(loss, metrics)
+
+    def _targets(self, batch: dict[str, jax.Array]):
+        if self.targets == "diagonal":
+            return diagonal
+        if self.targets == "same_text":
+            return same_text(batch["text_id"], batch["text_id"].reshape(-1))
+        labels, count = batch["labels"], batch["text_valid"].shape[1]
+        return same_labels(
+            labels, jnp.repeat(labels, count, axis=0), soft=self.targets == "overlapping_labels"
+        )
+
+
+def embed_images(
+    components: Components, images: Iterable[Any], *, batch_size: int = 64
+) -> Float[np.ndarray, "n d"]:
+    """Unit-norm embeddings of images (paths, PIL images or arrays)."""
+    return _stack(
+        (f.embed for f in components.encode_images(images, frozenset({"embed"}), batch_size)), components
+    )
+
+
+def embed_texts(
+    components: Components, texts: Sequence[str], *, batch_size: int = 64
+) -> Float[np.ndarray, "n d"]:
+    """Unit-norm embeddings of texts."""
+    return _stack(
+        (f.embed for f in components.encode_texts(texts, frozenset({"embed"}), batch_size)), components
+    )
+
+
+def embed_prompts(components: Components, prompts: Sequence[str | Sequence[str]]) -> Float[np.ndarray, "c d"]:
+    """One unit-norm vector a class: the mean over its prompts' embeddings, normalised again (prompt ensemble)."""
+    groups = [[p] if isinstance(p, str) else list(p) for p in prompts]
+    if not groups or not all(groups):
+        raise ValueError("give at least one prompt for every class")
+    flat = embed_texts(components, [p for group in groups for p in group])
+    bounds = np.cumsum([0, *(len(g) for g in groups)])
+    means = np.stack([flat[a:b].mean(0) for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+
+def classify(
+    components: Components,
+    images: Iterable[Any],
+    prompts: Sequence[str | Sequence[str]] | Sequence[tuple[Sequence[str], Sequence[str]]],
+    *,
+    multi_label: bool = False,
+    batch_size: int = 64,
+) -> Float[np.ndarray, "n c"]:
+    """Zero-shot class probabilities of images.
+
+    Single label: softmax over the classes of scale * cosine. Multi label: each class on its own; where its
+    prompt is a pair (positive, negative), the softmax of the two, else sigmoid(scale * cosine + bias), which is
+    calibrated only for a model trained with the sigmoid loss.
+    """
+    image = embed_images(components, images, batch_size=batch_size)
+    scale, bias = components.scale_and_bias()
+    if not multi_label:
+        logits = scale * image @ embed_prompts(components, prompts).T
+        return np.asarray(jax.nn.softmax(logits, axis=-1), np.float32)
+    if all(isinstance(p, tuple) and len(p) == 2 for p in prompts):
+        positive = embed_prompts(components, [p[0] for p in prompts])
+        negative = embed_prompts(components, [p[1] for p in prompts])
+        return np.asarray(jax.nn.sigmoid(scale * image @ (positive - negative).T), np.float32)
+    return np.asarray(jax.nn.sigmoid(scale * image @ embed_prompts(components, prompts).T + bias), np.float32)
+
+
+def _stack(batches: Iterable[np.ndarray], components: Components) -> Float[np.ndarray, "n d"]:
+    parts = list(batches)
+    return np.concatenate(parts) if parts else np.zeros((0, components.model.config.embed_dim), np.float32)

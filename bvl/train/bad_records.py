@@ -1,0 +1,46 @@
+"""Records that could not be read: named in bad_records.jsonl, counted, and a reason to stop when too many."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from bvl.errors import DataError
+from bvl.runs import RunFolder
+from bvl.train.metrics_log import JsonLines, drop_rows_after
+
+logger = logging.getLogger(__name__)
+
+
+class BadRecords:
+    """Stops the run when distinct unreadable records exceed `max_fraction` of all records in use."""
+
+    def __init__(self, run: RunFolder, *, num_records: int, max_fraction: float, resume_step: int):
+        drop_rows_after(run.bad_records, resume_step)
+        self._path, self._limit, self._num_records = run.bad_records, max_fraction, num_records
+        self._seen: set[tuple[str, str]] = set()
+        if run.bad_records.is_file():
+            for line in run.bad_records.read_text().splitlines():
+                row = json.loads(line)
+                self._seen.add((row["source"], row["id"]))
+        self._file: JsonLines | None = None
+
+    def add(self, step: int, records: list[dict[str, str]]) -> None:
+        """Note the unreadable records of a step's batch; raises DataError above the limit."""
+        for record in records:
+            key = record["source"], record["id"]
+            if key in self._seen:
+                continue
+            self._seen.add(key)
+            logger.warning("unreadable record, another takes its place: %s", record["error"])
+            self._file = self._file or JsonLines(self._path)
+            self._file.write({"step": step, **record})
+            if len(self._seen) > self._limit * self._num_records:
+                raise DataError(
+                    f"{len(self._seen)} of {self._num_records} records cannot be read, more than "
+                    f"data.max_bad_fraction={self._limit:g}; they are listed in {self._path}. The last: {record['error']}"
+                )
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,247 @@
+"""The one training loop. Tasks, losses, models and sources vary; this file does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from bvl.checkpoint import Checkpoints
+from bvl.config import Config
+from bvl.errors import ConfigError, UserError
+from bvl.evals.base import evaluate, write_eval
+from bvl.mesh import check_batch_size, make_mesh, replicated, shardings_of, to_global, unbox
+from bvl.runs import Components, Encoder, RunFolder, build_model, load_components, write_atomic
+from bvl.tasks.base import ModelInfo
+from bvl.train.bad_records import BadRecords
+from bvl.train.environment import describe_environment, enable_compilation_cache
+from bvl.train.metrics_log import MetricsLog, ProgressLines, Stopwatch
+from bvl.train.optim import make_optimizer, make_schedule
+from bvl.train.setup import Data, checkpoint_items, first_state, load_frozen, place_suites, prepare_data
+from bvl.train.step import Program, TrainState, make_train_step
+from bvl.train.survive import stop_on_signals
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingFailed(UserError):
+    """Training cannot go on: the loss is no number, or too many records are unreadable."""
+
+
+def train(config: Config, *, force: bool = False) -> int:
+    """Train to `config.steps` or go on where the run folder stands; returns the exit code (0 = complete).
+
+    Raises a UserError for anything the user can mend.
+    """
+    if config.workdir is None:
+        raise ConfigError("no run folder: add workdir=DIR, for example workdir=runs/my_run")
+    run = RunFolder(config.workdir)
+    with run.lock():
+        return _train(config, run, force)
+
+
+def _train(config: Config, run: RunFolder, force: bool) -> int:
+    enable_compilation_cache()
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.batch_size, mesh, jax.process_count())
+    run.claim(config, force=force)
+    start_from = load_components(config.init_from, use_ema=False) if config.init_from else None
+    data = prepare_data(config, run, start_from)
+    for line in data.pipeline.summary():
+        logger.info(line)
+    suites = place_suites(config)
+    for suite in suites.values():
+        suite.check()
+    write_atomic(run.env, json.dumps(describe_environment(data.licences), indent=2) + "\n")
+
+    frozen = load_frozen(config, data.tokenizer)
+    program = Program(
+        model=build_model(config, data.tokenizer),
+        preprocess=config.data.preprocess,
+        tasks=config.tasks,
+        info=ModelInfo(
+            config.model.image.sizes[0], config.model.text.width, config.model.embed_dim, data.classes
+        ),
+        mesh=mesh,
+        seed=config.seed,
+        ema_decay=config.optim.ema_decay,
+        frozen={name: (c.model, c.preprocess) for name, c in frozen.items()},
+    )
+    # Shapes first, shardings second, arrays last.
+    key = jax.random.key(config.seed)
+    optimizer = make_optimizer(config.optim, config.steps, unbox(jax.eval_shape(program.init_params, key)))
+    init = functools.partial(program.init_state, optimizer=optimizer)
+    shardings = shardings_of(jax.eval_shape(init, key), mesh)
+    options = config.checkpoint
+    checkpoints = Checkpoints(
+        run.checkpoints, keep=options.keep, best=options.best, best_mode=options.best_mode
+    )
+    try:
+        state, sums = first_state(config, checkpoints, init, shardings, start_from, mesh)
+        num_params = sum(x.size for x in jax.tree.leaves(state.params))
+        logger.info(
+            "%.2fM parameters on %d device(s), mesh %s", num_params / 1e6, mesh.size, dict(mesh.shape)
+        )
+        if int(state.step) >= config.steps:
+            logger.info("complete: %s stands at step %d of %d", run.path, state.step, config.steps)
+            return 0
+        components = Components(
+            model=program.model,
+            params=None,
+            tokenizer=data.tokenizer,
+            preprocess=config.data.preprocess,
+            config=config,
+            classes=data.classes,
+            encoder=Encoder(program.model, config.data.preprocess, mesh),
+        )
+        frozen_params = {n: jax.device_put(c.params["model"], replicated(mesh)) for n, c in frozen.items()}
+        step_fn = make_train_step(program, optimizer, shardings)
+        loop = _Loop(
+            config=config,
+            run=run,
+            data=data,
+            checkpoints=checkpoints,
+            step_fn=lambda state, batch: step_fn(state, frozen_params, to_global(batch, mesh)),
+            evaluate=functools.partial(_evaluate, run, config, suites, components),
+        )
+        return loop.run_to_end(state, sums)
+    finally:
+        checkpoints.close()
+
+
+@dataclasses.dataclass
+class _Loop:
+    config: Config
+    run: RunFolder
+    data: Data
+    checkpoints: Checkpoints
+    step_fn: Callable[[TrainState, dict[str, Any]], tuple[TrainState, Any]]
+    evaluate: Callable[[TrainState, int], dict[str, float]]
+
+    def run_to_end(self, state: TrainState, sums: Any) -> int:
+        """Step, log, evaluate, save; returns the exit code."""
+        config, start = self.config, int(state.step)
+        schedule = make_schedule(config.optim, config.steps)
+        pipeline = self.data.pipeline
+        log = MetricsLog(self.run.metrics, resume_step=start, tensorboard=config.log.tensorboard)
+        bad = BadRecords(
+            self.run,
+            num_records=pipeline.num_records,
+            max_fraction=config.data.max_bad_fraction,
+            resume_step=start,
+        )
+        progress, watch = ProgressLines(start, config.steps), Stopwatch()
+        steps_timed = 0
+        # Read one step late, so that the devices never wait for the host.
+        unchecked: tuple[int, jax.Array, dict[str, Any]] | None = None
+        batches = pipeline.batches(
+            start=start, stop=config.steps, host=jax.process_index(), num_hosts=jax.process_count()
+        )
+        try:
+            with stop_on_signals() as stop:
+                for step in range(start + 1, config.steps + 1):
+                    with watch.part("data"):
+                        batch, unreadable = next(batches)
+                    bad.add(step, unreadable)
+                    state, metrics = self.step_fn(state, batch)
+                    self._check_finite(unchecked)
+                    unchecked = (step, metrics["step"]["loss"], batch)
+                    sums = metrics if not sums else _add(sums, metrics)
+                    steps_timed += 1
+                    progress.advance(step)
+
+                    last = step == config.steps
+                    if last or _due(step, config.log.every):
+                        self._check_finite(unchecked)
+                        values = _means(jax.device_get(sums)) | {"lr": float(schedule(step - 1))}
+                        values |= watch.read(steps_timed, steps_timed * config.batch_size)
+                        log.write(step, values)
+                        progress.row(step, values)
+                        sums, steps_timed = {}, 0
+                        watch.reset()
+                    scores = None
+                    if last or _due(step, config.eval.every):
+                        with watch.part("other"):
+                            scores = self.evaluate(state, step)
+                    candidate = bool(scores) and config.checkpoint.best is not None
+                    stopping = stop.exit_code is not None
+                    if last or stopping or candidate or _due(step, config.checkpoint.every):
+                        self._check_finite(unchecked)
+                        with watch.part("other"):
+                            # Rows up to this step are on disk before the checkpoint is: a resume loses none.
+                            self.checkpoints.save(step, checkpoint_items(state, sums), scores)
+                    if stopping and not last:
+                        self.checkpoints.wait()
+                        logger.warning(
+                            "stopped at step %d of %d; the same command goes on here", step, config.steps
+                        )
+                        return stop.exit_code
+                self.checkpoints.wait()
+        finally:
+            progress.close()
+            log.close()
+            bad.close()
+        logger.info("complete: %s", self.run.path)
+        return 0
+
+    def _check_finite(self, unchecked: tuple[int, jax.Array, dict[str, Any]] | None) -> None:
+        """Raise TrainingFailed, with the batch's records saved, if the loss of a step is no number."""
+        if unchecked is None or math.isfinite(float(unchecked[1][0])):
+            return
+        step, _, batch = unchecked
+        sets = self.data.pipeline.sets
+        records = [
+            {"source": sets[source].name, "id": sets[source].describe(int(record))["id"]}
+            for source, record in zip(batch["source"], batch["record"], strict=True)
+        ]
+        path = self.run.path / "nan_batch.json"
+        write_atomic(
+            path, json.dumps({"step": step, "seed": self.config.seed, "records": records}, indent=1) + "\n"
+        )
+        good = self.checkpoints.latest()
+        raise TrainingFailed(
+            f"the loss of step {step} is not a finite number; the batch's records are in {path}. "
+            f"The last checkpoint is {'of step ' + str(good) if good is not None else 'not made yet'}; "
+            f"try a lower optim.lr, more optim.warmup_steps or optim.clip_norm"
+        )
+
+
+@jax.jit
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: x + y, a, b)
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _means(sums: Any) -> dict[str, float]:
+    """Flat metrics of a logged row: "loss/total", "loss/<task>", "grad_norm", "<task>/<name>"."""
+    pairs = {"loss/total": sums["step"]["loss"], "grad_norm": sums["step"]["grad_norm"]}
+    for task, metrics in sums["tasks"].items():
+        for name, pair in metrics.items():
+            pairs[f"loss/{task}" if name == "loss" else f"{task}/{name}"] = pair
+    return {
+        name: float(total) / float(count) if count else math.nan for name, (total, count) in pairs.items()
+    }
+
+
+def _evaluate(
+    run: RunFolder, config: Config, suites: Any, components: Components, state: TrainState, step: int
+):
+    """Run the suites on the state's parameters (their average, if kept) and write eval.json; returns plain numbers."""
+    if not suites:
+        return {}
+    average = state.ema is not None and config.eval.use_ema
+    current = dataclasses.replace(
+        components, params=state.ema if average else state.params, step=step, _hash=None
+    )
+    results = evaluate(current, suites, batch_size=config.eval.batch_size)
+    metrics = write_eval(run, results)
+    return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}

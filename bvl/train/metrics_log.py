@@ -1,0 +1,158 @@
+"""Metrics to metrics.jsonl, TensorBoard and the console."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Keep the rows of a JSONL file up to `step`; later ones, and a half-written last line, will be written again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(kept))
+    temporary.replace(path)
+
+
+class JsonLines:
+    """Append-only JSONL; every row is handed to the operating system at once, so that kill -9 loses none."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsLog:
+    """One row a logged step: {"step", "loss/...", "lr", "time/..."}; rows after `resume_step` are dropped first."""
+
+    def __init__(self, path: Path, *, resume_step: int, tensorboard: bool):
+        drop_rows_after(path, resume_step)
+        self._rows = JsonLines(path)
+        self._tensorboard = None
+        if tensorboard:
+            self._tensorboard = tensorboardX.SummaryWriter(
+                str(path.parent / "tensorboard"), purge_step=resume_step + 1
+            )
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Keys of `metrics` keep their order; numbers that are not finite are written as null."""
+        row = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._rows.write({"step": step, **row})
+        if self._tensorboard is not None:
+            for key, value in metrics.items():
+                self._tensorboard.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._rows.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class Stopwatch:
+    """Wall time since the last row, and the part of it spent waiting for data or evaluating."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self._start = time.perf_counter()
+        self._parts: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - start
+
+    def read(self, steps: int, examples: int) -> dict[str, float]:
+        """The `time/` metrics of `steps` steps, evaluation and checkpoint time left out of the rate."""
+        seconds = time.perf_counter() - self._start - self._parts.get("other", 0.0)
+        seconds = max(seconds, 1e-9)
+        return {
+            "time/step_s": seconds / steps,
+            "time/examples_per_s": examples / seconds,
+            "time/data_wait_share": self._parts.get("data", 0.0) / seconds,
+        }
+
+
+class ProgressLines:
+    """Loss, examples a second, time left and the share of data waiting: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, start: int, total: int):
+        self._total = total
+        self._bar: Progress | None = None
+        self._started = time.perf_counter()
+        self._start = start
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=total, completed=start, text="")
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def row(self, step: int, metrics: dict[str, float]) -> None:
+        wait = metrics.get("time/data_wait_share", 0.0)
+        text = f"loss {metrics['loss/total']:.4f}  {metrics['time/examples_per_s']:.0f} examples/s  data wait {wait:.0%}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+            return
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / max(step - self._start, 1) * (self._total - step)
+        logger.info("step %d/%d  %s  time left %d:%02d", step, self._total, text, left // 60, left % 60)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def set_up_logging() -> None:
+    """Messages of bvl to standard error: coloured on a terminal, plain elsewhere."""
+    root = logging.getLogger("bvl")
+    if root.handlers:
+        return
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    root.propagate = False

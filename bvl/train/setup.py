@@ -1,0 +1,199 @@
+"""What happens before the first step: data read, tokenizer ready, the state restored or made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from bvl.checkpoint import Checkpoints
+from bvl.config import Config
+from bvl.data.pipeline import Pipeline, label_names, training_texts
+from bvl.data.sources import RecordSet
+from bvl.data.text import Tokenizer
+from bvl.errors import CheckpointError, ConfigError, DataError
+from bvl.mesh import init_sharded, replicated, unbox
+from bvl.runs import Components, RunFolder, check_vocabulary, load_components, write_atomic
+from bvl.train.step import TrainState
+
+logger = logging.getLogger(__name__)
+
+# Texts whose length is counted before training; more than this would delay the first step.
+COUNTED_TEXTS = 200_000
+
+
+@dataclasses.dataclass
+class Data:
+    """What was read and made before the first step."""
+
+    pipeline: Pipeline
+    tokenizer: Tokenizer
+    classes: tuple[str, ...]
+    licences: dict[str, dict[str, int]]
+
+
+def prepare_data(config: Config, run: RunFolder, start_from: Components | None) -> Data:
+    """Open the sources, settle tokenizer and classes, and keep both in the run folder."""
+    sources = config.data.sources()
+    sets = [RecordSet(source) for source in sources]
+    # The order: the run's own tokenizer -> the one of init_from -> the config's file -> trained on the texts.
+    options = config.data.tokenizer
+    if run.tokenizer.is_file():
+        tokenizer = Tokenizer.load(run.tokenizer, options.context_length)
+    elif start_from is not None:
+        tokenizer = start_from.tokenizer
+        if options.path is not None:
+            given = Tokenizer.load(options.path, options.context_length, options.lowercase)
+            check_vocabulary(start_from.params["model"], given, f"data.tokenizer.path={options.path}")
+            tokenizer = given
+        tokenizer.context_length = options.context_length
+    elif options.path is not None:
+        tokenizer = Tokenizer.load(options.path, options.context_length, options.lowercase)
+    else:
+        tokenizer = Tokenizer.train(training_texts(sets), options)
+    if not run.tokenizer.is_file():
+        temporary = run.tokenizer.with_name("tokenizer.json.tmp")
+        tokenizer.save(temporary)
+        temporary.replace(run.tokenizer)
+    texts = [text for text, _ in zip(training_texts(sets), range(COUNTED_TEXTS), strict=False)]
+    cut = tokenizer.count_truncated(texts)
+    logger.info(
+        "text: vocabulary of %d; %d of %d training texts are longer than the context of %d and are cut%s",
+        tokenizer.vocab_size,
+        cut,
+        len(texts),
+        tokenizer.context_length,
+        " (data.tokenizer.context_length)" if cut else "",
+    )
+    classes = config.data.classes if config.data.classes is not None else label_names(sets)
+    if run.classes.is_file() and tuple(json.loads(run.classes.read_text())) != classes:
+        raise DataError(
+            f"{run.path}: the labels of the training records are not those the run was started with ({run.classes})"
+        )
+    write_atomic(run.classes, json.dumps(list(classes)) + "\n")
+    write_atomic(run.preprocess, json.dumps(config.data.preprocess.to_dict(), indent=2) + "\n")
+    pipeline = Pipeline(
+        config.data,
+        sets=sets,
+        keys_of_tasks={name: task.fields() for name, task in config.tasks.items()},
+        tokenizer=tokenizer,
+        classes=classes,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    return Data(pipeline, tokenizer, classes, {s.name: s.licences() for s in sets})
+
+
+def place_suites(config: Config) -> dict[str, Any]:
+    """The evaluation suites; where data.root took the place of phantoms, theirs make no sense."""
+    if config.data.root is None:
+        return config.eval.suites
+    placed = {name: suite.at_root(config.data.root) for name, suite in config.eval.suites.items()}
+    if any(source.phantoms for source in config.data.sources()):
+        return placed
+    for name in [n for n, suite in placed.items() if suite.reads_phantoms()]:
+        logger.warning("suite %s reads phantoms and was left out, since data.root takes their place", name)
+        del placed[name]
+    return placed
+
+
+def load_frozen(config: Config, tokenizer: Tokenizer) -> dict[str, Components]:
+    """The models of the config's `frozen`; raises ConfigError where one reads another vocabulary than this run."""
+    frozen = {name: load_components(spec) for name, spec in config.frozen.items()}
+    for name, components in frozen.items():
+        if components.tokenizer.hash != tokenizer.hash:
+            raise ConfigError(
+                f"frozen {name!r} reads another vocabulary than this run: set data.tokenizer.path to "
+                f"{config.frozen[name]}/tokenizer.json"
+            )
+    return frozen
+
+
+def checkpoint_items(state: TrainState, sums: dict[str, Any]) -> dict[str, Any]:
+    """The items of a checkpoint. `sums`: metrics since the last logged row, so that a resume logs the same means."""
+    items = {
+        "params": state.params,
+        "rest": {"step": state.step, "opt_state": state.opt_state, "extra": state.extra},
+    }
+    if state.ema is not None:
+        items["ema"] = state.ema
+    return items | ({"sums": sums} if sums else {})
+
+
+def _restore(items: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+    rest = items["rest"]
+    state = TrainState(rest["step"], items["params"], rest["opt_state"], items.get("ema"), rest["extra"])
+    return state, items.get("sums", {})
+
+
+def first_state(
+    config: Config,
+    checkpoints: Checkpoints,
+    init: Callable[[jax.Array], Any],
+    shardings: Any,
+    start_from: Components | None,
+    mesh: Mesh,
+) -> tuple[TrainState, dict[str, Any]]:
+    """(state, metric sums) where a run starts, in this order of precedence:
+
+    1. its own newest checkpoint that can be read: everything, step included;
+    2. `resume_from`: the newest checkpoint of another run, everything, step included;
+    3. `init_from`: the parameters of another run, at step 0 with a fresh optimiser;
+    4. fresh parameters from the seed.
+    """
+    key = jax.random.key(config.seed)
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        unbox(jax.eval_shape(init, key)),
+        shardings,
+    )
+    items = checkpoint_items(target, {})
+    restored = checkpoints.restore_latest(items, optional={"sums": replicated(mesh)})
+    if restored is not None:
+        logger.info("resuming from step %d", restored[0])
+        return _restore(restored[1])
+    if config.resume_from is not None:
+        folder = RunFolder(config.resume_from).checkpoints
+        if not folder.is_dir():
+            raise CheckpointError(f"resume_from={config.resume_from}: no checkpoints there")
+        other = Checkpoints(folder, read_only=True)
+        try:
+            step = other.latest()
+            if step is None:
+                raise CheckpointError(f"resume_from={config.resume_from}: no complete checkpoint there")
+            logger.info("continuing %s from step %d", config.resume_from, step)
+            return _restore(other.restore(step, items, optional={"sums": replicated(mesh)}))
+        finally:
+            other.close()
+    state, _ = init_sharded(init, mesh, key)
+    if start_from is None:
+        return state, {}
+    check_same_shapes(target.params["model"], start_from.params["model"], f"init_from={config.init_from}")
+    logger.info("parameters from %s, step %d", config.init_from, start_from.step)
+    params = {**state.params, "model": jax.device_put(start_from.params["model"], shardings.params["model"])}
+    ema = jax.tree.map(lambda x: x.copy(), params) if state.ema is not None else None
+    return state.replace(params=params, ema=ema), {}
+
+
+def check_same_shapes(wanted: Any, found: Any, where: str) -> None:
+    """Raise CheckpointError naming the first parameters whose presence or shape differs."""
+    shapes = [
+        {jax.tree_util.keystr(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (wanted, found)
+    ]
+    different = [
+        n for n in sorted(shapes[0].keys() | shapes[1].keys()) if shapes[0].get(n) != shapes[1].get(n)
+    ]
+    if different:
+        lines = [
+            f"  {n}: there {shapes[1].get(n, 'absent')}, here {shapes[0].get(n, 'absent')}"
+            for n in different[:8]
+        ]
+        raise CheckpointError(
+            f"{where}: {len(different)} parameters differ from this config's model:\n" + "\n".join(lines)
+        )
