@@ -61,26 +61,19 @@ def window(
 def footprint(instance: Instance, size: int) -> Footprint:
     """The exact footprint of an instance at one image size; never empty."""
     rows, cols, dx, dy = window(size, instance.x, instance.y, instance.reach)
-    if instance.dots:
-        squared = None
-        for ox, oy, r in instance.dots:
-            ex, ey = (dx - ox) / r, (dy - oy) / r
-            one = ex * ex + ey * ey
-            squared = one if squared is None else np.minimum(squared, one)
-    else:
-        c, s = math.cos(instance.angle), math.sin(instance.angle)
-        u, v = dx * c + dy * s, dy * c - dx * s
-        minor = instance.minor
-        if instance.bend:
-            v = v + instance.bend / instance.radius * (u * u) - 0.35 * instance.bend * instance.radius
-        if instance.wobble:
-            k = 2.4 / minor
-            amount = instance.wobble * minor
-            u, v = (
-                u + amount * np.sin(k * v + instance.phase),
-                v + amount * np.sin(k * u + 2 * instance.phase),
-            )
-        squared = (u / instance.radius) ** 2 + (v / minor) ** 2
+    c, s = math.cos(instance.angle), math.sin(instance.angle)
+    u, v = dx * c + dy * s, dy * c - dx * s
+    minor = instance.minor
+    if instance.bend:
+        v = v + instance.bend / instance.radius * (u * u) - 0.35 * instance.bend * instance.radius
+    if instance.wobble:
+        k = 2.4 / minor
+        amount = instance.wobble * minor
+        u, v = (
+            u + amount * np.sin(k * v + instance.phase),
+            v + amount * np.sin(k * u + 2 * instance.phase),
+        )
+    squared = (u / instance.radius) ** 2 + (v / minor) ** 2
     rho = np.sqrt(squared)
     inside = rho < 1.0
     if not inside.any():

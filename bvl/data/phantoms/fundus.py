@@ -93,15 +93,20 @@ def _draw(image: Float[np.ndarray, "h w 3"], instance: Instance, tint: np.ndarra
     f = footprint(instance, image.shape[0])
     strength = instance.strength
     if instance.finding == "haemorrhage":
-        blend(image, f.window, 0.9 * strength * f.alpha(), tint * (0.45, 0.15, 0.2))
+        blend(image, f.window, 0.95 * strength * f.alpha(), tint * (0.22, 0.1, 0.12))
     elif instance.finding == "hard exudates":
-        blend(image, f.window, 0.95 * strength * f.alpha(), tint * (1.25, 2.1, 1.5))
+        # Yellow dots on swollen, darker retina.
+        blend(image, f.window, 0.9 * strength * f.alpha(), tint * (0.55, 0.35, 0.3))
+        for x, y, r in instance.dots:
+            rho = np.sqrt((f.dx - x) ** 2 + (f.dy - y) ** 2) / r
+            dot = np.clip((1.0 - rho) * (r * image.shape[0]) + 0.5, 0.0, 1.0)
+            blend(image, f.window, 0.95 * strength * dot, (1.0, 0.9, 0.3))
     elif instance.finding == "cotton wool spot":
         soft = np.clip(1.35 * (1.0 - f.rho * f.rho) + 0.15, 0.0, 1.0) * f.alpha(1.06)
-        blend(image, f.window, 0.9 * strength * soft, tint * (1.2, 2.0, 3.4))
+        blend(image, f.window, 0.95 * strength * soft, (0.95, 0.95, 0.85))
     else:
-        blend(image, f.window, 0.85 * strength * f.alpha(), tint * (0.25, 0.25, 0.5))
-        blend(image, f.window, 0.9 * strength * f.alpha(0.58), tint * (1.25, 1.75, 2.0))
+        blend(image, f.window, 0.95 * strength * f.alpha(), tint * (0.12, 0.12, 0.3))
+        blend(image, f.window, 0.95 * strength * f.alpha(0.6), (0.9, 0.75, 0.6))
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarray, "size size 3"]:
@@ -114,17 +119,22 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     )
     squared = ((x - cx) ** 2 + (y - cy) ** 2) / (radius * radius)
     light = (
-        1.0 - 0.3 * squared + 0.13 * smooth_field(rng, size, cells=4) + 0.1 * smooth_field(rng, size, cells=9)
+        1.0
+        - 0.3 * squared
+        + 0.12 * smooth_field(rng, size, cells=4)
+        + 0.08 * smooth_field(rng, size, cells=9)
     )
     hue = 0.1 * smooth_field(rng, size, cells=8)
     # Macula: a darker spot a little to the temporal side.
     mx, my = cx - _nasal(scene.view) * 0.06, cy + 0.015
     light -= 0.22 * np.exp(-((x - mx) ** 2 + (y - my) ** 2) * 180.0)
     vessels = _vessels(scene, size)
+    # Reflexes of the nerve fibre layer: a whitish haze that no finding explains.
+    haze = np.maximum(0.03 + (0.05 + 0.2 * exposure[5]) * smooth_field(rng, size, cells=7), 0.0)
 
     image = np.empty((size, size, 3), np.float32)
     for channel, (absorbed, shift) in enumerate(((0.38, -0.4), (0.6, 1.0), (0.45, 1.3))):
-        image[..., channel] = tint[channel] * light * (1.0 + shift * hue) * (1.0 - absorbed * vessels)
+        image[..., channel] = tint[channel] * light * (1.0 + shift * hue) * (1.0 - absorbed * vessels) + haze
     ox, oy, disc = _optic_disc(anatomy, scene.view)
     pale = np.clip((1.0 - ((x - ox) ** 2 + ((y - oy) * 0.9) ** 2) / (disc * disc)) * 3.0, 0.0, 1.0)
     pale *= 0.75 * (1.0 - 0.6 * vessels)
@@ -133,6 +143,6 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     for instance in scene.instances:
         _draw(image, instance, tint)
 
-    image += ((0.008 + 0.02 * exposure[3]) * grain(rng, size))[..., None]
+    image += ((0.005 + 0.015 * exposure[3]) * grain(rng, size))[..., None]
     image *= np.clip((1.0 - squared) * radius * size * 0.5, 0.0, 1.0)[..., None]
-    return np.clip(image * (0.85 + 0.4 * exposure[4]), 0.0, 1.0)
+    return np.clip(image * (0.8 + 0.25 * exposure[4]), 0.0, 1.0)

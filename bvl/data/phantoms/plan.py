@@ -17,10 +17,10 @@ PAINTERS = {
 
 MAX_VISITS = 3
 PREVALENCE = 0.42  # of each finding, before the few that find no room are left out
-UNCERTAIN = 0.09  # share of drawn findings that are equivocal
+UNCERTAIN = 0.06  # share of drawn findings that are equivocal
 PROGRESS = 0.4  # chance that a finding is drawn anew at a follow-up
 # Contrast by severity; the ranges are apart, so that a named severity can be decided from the image.
-STRENGTHS = {"equivocal": (0.32, 0.4), "mild": (0.62, 0.74), "marked": (0.95, 1.05)}
+STRENGTHS = {"equivocal": (0.36, 0.42), "mild": (0.66, 0.76), "marked": (0.96, 1.04)}
 
 _TRIES = 8  # places tried for each instance
 _STATE = 8  # uniform numbers for a finding as a whole
@@ -58,7 +58,7 @@ def _instance(finding: Finding, large: bool, strength: float, u: list[float], si
     dots = []
     if finding.dots:
         # Dots on a loose ring about one in the middle, so that they stay apart at any phase.
-        dot = radius * 0.3
+        dot = radius * 0.25
         dots.append((0.0, 0.0, dot))
         for k in range(finding.dots - 1):
             turn = phase + 2.0 * math.pi * (k + 0.35 * math.sin(7.0 * k + phase)) / (finding.dots - 1)

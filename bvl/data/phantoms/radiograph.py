@@ -42,17 +42,17 @@ def _draw(image: Float[np.ndarray, "h w"], instance: Instance) -> None:
     part, strength = image[f.window], instance.strength
     alpha = f.alpha()
     if instance.finding == "nodule":
-        part += 0.38 * strength * alpha
+        part += 0.62 * strength * alpha
     elif instance.finding == "cavity":
-        part += strength * (0.4 * alpha - 0.58 * f.alpha(0.6))
+        part += strength * (0.5 * alpha - 0.95 * f.alpha(0.62))
     elif instance.finding == "consolidation":
         # Aerated bronchi cross the opacity: a coarse bright and dark weave.
-        k = 2.0 * math.pi / 0.075
+        k = 2.0 * math.pi / 0.085
         c, s = math.cos(instance.phase), math.sin(instance.phase)
         weave = np.sin(k * (f.dx * c + f.dy * s)) * np.sin(k * (f.dy * c - f.dx * s))
-        part += strength * alpha * (0.14 + 0.34 * weave)
+        part += strength * alpha * (0.1 + 0.6 * weave)
     else:
-        part += 0.4 * strength * alpha
+        part += 0.62 * strength * alpha
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarray, "size size"]:
@@ -63,7 +63,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     middle = 0.5 * (lungs["left"][0] + lungs["right"][0])
     height = lungs["left"][1]
 
-    image = 0.62 + 0.09 * smooth_field(rng, size, cells=5) + 0.055 * smooth_field(rng, size, cells=9)
+    image = 0.55 + 0.09 * smooth_field(rng, size, cells=5) + 0.055 * smooth_field(rng, size, cells=9)
     wall = 0.4 + 0.05 * anatomy[5] + 0.1 * y
     body = np.clip((wall - np.abs(x - middle)) * 14.0, 0.0, 1.0) * np.clip(
         (y + 0.9 - 2.2 * np.abs(x - middle)) * 4, 0.0, 1.0
@@ -71,17 +71,17 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     aerated = 0.0
     for lx, ly, width, length in lungs.values():
         aerated = aerated + ellipse(x, y, (lx, ly), (width, length), sharpness=2.2)
-    image -= (0.36 + 0.12 * exposure[0]) * aerated
+    image -= (0.3 + 0.1 * exposure[0]) * aerated
 
     # Ribs: bright arcs that fall off to the sides.
     rib = np.cos(
         (y + (0.9 + 0.8 * anatomy[6]) * (x - middle) ** 2) * (52.0 + 14.0 * anatomy[7]) + 6.28 * anatomy[8]
     )
-    image += (0.05 + 0.05 * anatomy[9]) * np.maximum(rib, 0.0)
+    image += (0.03 + 0.04 * anatomy[9]) * np.maximum(rib, 0.0)
     # Spine and mediastinum, heart to the patient's left, diaphragm with a dome on each side.
-    image += 0.16 * np.exp(-(((x - middle) / 0.05) ** 2))
+    image += 0.12 * np.exp(-(((x - middle) / 0.05) ** 2))
     heart = (middle + 0.05 + 0.03 * anatomy[10], height + 0.16 + 0.04 * anatomy[11])
-    image += 0.26 * ellipse(
+    image += 0.18 * ellipse(
         x, y, heart, (0.11 + 0.05 * anatomy[12], 0.13 + 0.04 * anatomy[13]), sharpness=1.6
     )
     across = np.abs(x - middle) - 0.18
@@ -92,13 +92,13 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
         + 1.6 * across * across
         + 0.03 * (anatomy[15] - 0.5) * np.sign(x - middle)
     )
-    image += 0.3 * np.clip((y - dome) * 16.0, 0.0, 1.0) * np.clip(aerated + 0.4, 0.0, 1.0)
+    image += 0.2 * np.clip((y - dome) * 16.0, 0.0, 1.0) * np.clip(aerated + 0.4, 0.0, 1.0)
 
     for instance in scene.instances:
         _draw(image, instance)
 
     image *= 0.08 + 0.92 * body
     # Quantum noise: the spread grows with the square root of the signal.
-    image += (0.02 + 0.03 * exposure[1]) * np.sqrt(np.maximum(image, 0.02)) * grain(rng, size)
-    gain, level = 0.72 + 0.4 * exposure[2], 0.2 * (exposure[3] - 0.5)
+    image += (0.01 + 0.03 * exposure[1]) * np.sqrt(np.maximum(image, 0.02)) * grain(rng, size)
+    gain, level = 0.8 + 0.3 * exposure[2], 0.16 * (exposure[3] - 0.5)
     return np.clip(image * gain + level, 0.0, 1.0)

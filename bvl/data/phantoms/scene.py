@@ -17,13 +17,13 @@ class Instance:
     bend: float
     wobble: float
     phase: float
-    dots: tuple[tuple[float, float, float], ...]  # (x offset, y offset, radius) of a cluster
+    dots: tuple[tuple[float, float, float], ...]  # (x offset, y offset, radius) inside the outline
     strength: float  # how strongly it stands out: 1 is full contrast
 
     @property
     def minor(self) -> float:
-        """Semi-minor axis, or the radius of one dot of a cluster."""
-        return self.dots[0][2] if self.dots else self.radius / self.aspect
+        """Semi-minor axis."""
+        return self.radius / self.aspect
 
     @property
     def reach(self) -> float:

@@ -66,7 +66,7 @@ def _red_cells(
         rho = np.sqrt(dx * dx + dy * dy) / r
         alpha = np.clip((1.0 - rho) * (r * size) + 0.5, 0.0, 1.0)
         pallor = np.clip(1.0 - 2.0 * rho, 0.0, 1.0)
-        blend(image, (rows, cols), alpha * (0.75 + 0.25 * shade) * (1.0 - 0.6 * pallor), cell)
+        blend(image, (rows, cols), alpha * (0.55 + 0.25 * shade) * (1.0 - 0.6 * pallor), cell)
 
 
 def _lattice(rng: np.random.Generator):
@@ -95,11 +95,11 @@ def _draw(image, instance: Instance, cell: np.ndarray, field: np.ndarray, nucleu
     f = footprint(instance, image.shape[0])
     strength, alpha = instance.strength, f.alpha()
     if instance.finding == "sickle cell":
-        blend(image, f.window, alpha * (0.25 + 0.75 * strength), cell * 0.82)
+        blend(image, f.window, alpha * (0.2 + 0.8 * strength), cell * (0.75, 0.3, 0.4))
     elif instance.finding == "target cell":
         blend(image, f.window, 0.9 * alpha, cell)
-        blend(image, f.window, strength * (f.alpha(0.76) - f.alpha(0.44)), field)
-        blend(image, f.window, strength * f.alpha(0.44), cell * 0.62)
+        blend(image, f.window, strength * (f.alpha(0.78) - f.alpha(0.44)), field)
+        blend(image, f.window, strength * f.alpha(0.44), cell * (0.5, 0.3, 0.3))
     elif instance.finding == "malaria parasite":
         blend(image, f.window, 0.9 * alpha, cell)
         # A ring with a chromatin dot, off the centre of the red cell.
@@ -121,9 +121,12 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     field, cell, nucleus = _colours(scene)
     light = 1.0 + 0.05 * smooth_field(rng, size, cells=4)
     image = field * light[..., None]
+    # Uneven stain: broad bluish-purple clouds.
+    cloud = np.maximum(0.08 + 0.14 * smooth_field(rng, size, cells=7), 0.0) * (0.3 + 1.4 * scene.exposure[12])
+    image -= cloud[..., None] * (field - nucleus)
     _red_cells(image, scene, rng, cell, field)
     _platelets(image, scene, rng, nucleus)
     for instance in scene.instances:
         _draw(image, instance, cell, field, nucleus)
-    image += ((0.008 + 0.02 * scene.exposure[10]) * grain(rng, size))[..., None]
+    image += ((0.005 + 0.015 * scene.exposure[10]) * grain(rng, size))[..., None]
     return np.clip(image * (0.82 + 0.22 * scene.exposure[11]), 0.0, 1.0)

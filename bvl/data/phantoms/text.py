@@ -163,7 +163,7 @@ def _compose(rng: random.Random, modality: Modality, facts: dict, target: int) -
 def _vague(rng: random.Random, modality: Modality, target: int) -> str:
     """A generic caption of about `target` words: the modality and nothing else."""
     text = indefinite(rng.choice(modality.synonyms))
-    if rng.random() < 0.6 and _words(text) + _words(modality.subject) < target:
+    if _words(text) < SHORTEST or (rng.random() < 0.6 and _words(text) + _words(modality.subject) < target):
         text = f"{text} of {modality.subject}"
     for tail in rng.sample(_TAILS, len(_TAILS)):
         if _words(text) + _words(tail) <= target:

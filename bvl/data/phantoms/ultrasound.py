@@ -69,12 +69,15 @@ def _draw(echo: Float[np.ndarray, "h w"], instance: Instance) -> None:
         part *= 1.0 - 0.97 * strength * alpha
     elif instance.finding == "stone":
         part += strength * alpha * (2.6 - part)
-    elif instance.finding == "hyperechoic mass":
-        part += strength * alpha * (0.4 + 1.2 * part)
+    elif instance.finding == "heterogeneous mass":
+        k = 2.0 * math.pi / 0.085
+        c, s = math.cos(instance.phase), math.sin(instance.phase)
+        weave = np.sin(k * (f.dx * c + f.dy * s)) * np.sin(k * (f.dy * c - f.dx * s))
+        part *= 1.0 + strength * alpha * (np.exp(2.4 * weave - 0.15) - 1.0)
     else:
         core = f.alpha(0.55)
-        part *= 1.0 - 0.92 * strength * (alpha - core)
-        part += strength * core * 0.8
+        part *= 1.0 - 0.95 * strength * (alpha - core)
+        part += strength * core * 1.3
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarray, "size size"]:
@@ -85,7 +88,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     px, py = x - ax, y - ay
     distance = np.sqrt(px * px + py * py)
 
-    echo = np.exp(0.32 * smooth_field(rng, size, cells=5) + 0.3 * smooth_field(rng, size, cells=9))
+    echo = np.exp(0.3 * smooth_field(rng, size, cells=5) + 0.22 * smooth_field(rng, size, cells=9))
     echo *= 0.45 + 0.25 * exposure[0]
     # Gain set by depth, never quite right: horizontal bands that the operator left.
     echo *= 1.0 + (0.5 * exposure[1] - 0.25) * np.cos(
@@ -100,6 +103,13 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     )
     echo *= 1.0 - 0.75 * np.clip((0.016 - vessel) * 60.0 + 0.5, 0.0, 1.0) * (anatomy[9] > 0.4)
 
+    # Poor contact of the probe: dark or bright beams that begin at the surface.
+    beam = np.arctan2(px, py) / half
+    for k in (6, 9):
+        width = 0.07 + 0.16 * exposure[k + 1]
+        edge = np.clip((width - np.abs(beam - 1.8 * exposure[k] + 0.9)) * 12.0 + 0.5, 0.0, 1.0)
+        echo *= 1.0 + (1.0 * exposure[k + 2] - 0.6) * edge
+
     # What lies behind a finding first: a shadow never hides another finding.
     for instance in scene.instances:
         _draw_behind(echo, instance, (ax, ay))
@@ -110,11 +120,11 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     real, imaginary = grain(rng, size, limit=96), grain(rng, size, limit=96)
     real[:, 1:] += 0.6 * real[:, :-1]
     imaginary[:, 1:] += 0.6 * imaginary[:, :-1]
-    depth = 0.35 + 0.25 * exposure[4]
+    depth = 0.2 + 0.25 * exposure[4]
     speckle = (1.0 - depth) + depth * 0.7 * np.sqrt(real * real + imaginary * imaginary)
     image = np.log1p(6.0 * echo * speckle) / math.log1p(6.0 * 2.2)
 
-    inside = np.clip((half * distance - np.abs(np.arctan2(px, py)) * distance) * 64.0 + 0.5, 0.0, 1.0)
+    inside = np.clip((1.0 - np.abs(beam)) * half * distance * 64.0 + 0.5, 0.0, 1.0)
     inside *= np.clip((distance - _NEAR) * 64.0 + 0.5, 0.0, 1.0) * np.clip(
         (_FAR - distance) * 64.0 + 0.5, 0.0, 1.0
     )
