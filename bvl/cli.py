@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code (0 done, 1 a problem the message explains, 2 wrong usage, 130 Ctrl-C)."""
     # Quiet libraries: their start-up notes hide ours.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     from bvl.train.metrics_log import set_up_logging
 
     set_up_logging()
@@ -33,6 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes no positional arguments behind an option; key=value may stand anywhere.
+    if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+        args.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)} (see bvl {args.verb} --help)")
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bvl", description="Biomedical vision-language models in JAX.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -40,14 +51,18 @@ def _parser() -> argparse.ArgumentParser:
     train = _verb(verbs, "train", _train, "train a model from a config, or go on where its run folder stands",
                   "bvl train configs/quickstart.py workdir=runs/quickstart steps=200")  # fmt: skip
     train.add_argument("config", help="path/to/config.py, or path/to/config.py:ARG")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=3e-4 workdir=runs/x")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example optim.lr=3e-4 workdir=runs/x"
+    )
     train.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
     train.add_argument("--force", action="store_true", help="go on in a run folder of another config")
 
     evaluate = _verb(verbs, "eval", _eval, "evaluate a run on a folder of records",
                      "bvl eval runs/quickstart --data my_scans --split test")  # fmt: skip
     evaluate.add_argument("run_folder", metavar="RUN", help="run folder")
-    evaluate.add_argument("--data", required=True, help="folder with records.jsonl or a CSV, or the file itself")
+    evaluate.add_argument(
+        "--data", required=True, help="folder with records.jsonl or a CSV, or the file itself"
+    )
     evaluate.add_argument("--split", help="split to read; default: test, else val, else all records")
     evaluate.add_argument("--name", help="name of the result, default: the folder's name")
     _reading(evaluate)
@@ -55,8 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     embed = _verb(verbs, "embed", _embed, "embed any number of images, and the texts of records, into an .npz",
                   "bvl embed runs/quickstart my_scans --out my_scans.npz")  # fmt: skip
     embed.add_argument("run_folder", metavar="RUN", help="run folder")
-    embed.add_argument("images", nargs="+", help="image files, folders of images, or a folder or file of records")
-    embed.add_argument("--out", required=True, help="the .npz to write: ids, image_embed [n, d] and, for records, text_embed")
+    embed.add_argument(
+        "images", nargs="+", help="image files, folders of images, or a folder or file of records"
+    )
+    embed.add_argument(
+        "--out", required=True, help="the .npz to write: ids, image_embed [n, d] and, for records, text_embed"
+    )
     embed.add_argument("--split", help="split of the records, default: all")
     _reading(embed)
 
@@ -74,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("overrides", nargs="*", metavar="key=value")
     show.add_argument("--augmented", action="store_true", help="as in training; default: as in evaluation")
     show.add_argument("--n", type=int, default=24, help="number of images (default 24)")
-    show.add_argument("--out", default="contact_sheet.png", help="the PNG to write (default contact_sheet.png)")
+    show.add_argument(
+        "--out", default="contact_sheet.png", help="the PNG to write (default contact_sheet.png)"
+    )
     return parser
 
 
@@ -108,9 +129,56 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    from bvl.evals.base import evaluate, write_eval
+    from bvl.evals.folder import suites_for
+    from bvl.evals.table import print_table
+    from bvl.runs import RunFolder, load_components
+
+    suites = suites_for(args.data, split=args.split, name=args.name)
+    components = load_components(args.run_folder, checkpoint=_checkpoint(args.checkpoint))
+    name = args.name or Path(args.data).resolve().stem
+    run = RunFolder(args.run_folder)
+    metrics = write_eval(run, evaluate(components, suites, batch_size=args.batch_size), name=name)
+    print_table(metrics)
+    print(f"written: {run.evals / name}.json")
     return 0
 
 
-def _embed(args): return 0
-def _data_phantoms(args): return 0
-def _data_show(args): return 0
+def _embed(args: argparse.Namespace) -> int:
+    from bvl.evals.embed import embed_to_file, list_images
+    from bvl.runs import load_components
+
+    records = list_images(args.images, split=args.split)
+    components = load_components(args.run_folder, checkpoint=_checkpoint(args.checkpoint))
+    out = Path(args.out)
+    done = embed_to_file(components, records, out, batch_size=args.batch_size)
+    print(f"{done.count} images embedded: {out}")
+    if done.skipped:
+        print(
+            f"{len(done.skipped)} could not be read and were left out: {', '.join(done.skipped[:5])} ...",
+            file=sys.stderr,
+        )
+    return 1 if done.skipped else 0
+
+
+def _data_phantoms(args: argparse.Namespace) -> int:
+    from bvl.data.phantoms import Phantoms, write_phantoms
+
+    manifest = write_phantoms(Path(args.out), Phantoms(seed=args.seed, image_size=args.size), args.n)
+    print(f"{args.n} phantoms written: {manifest}")
+    return 0
+
+
+def _data_show(args: argparse.Namespace) -> int:
+    from bvl.config import load_config
+    from bvl.data.show import contact_sheet
+
+    config = load_config(args.config, args.overrides)
+    sheet = contact_sheet(config.data, seed=config.seed, count=args.n, augmented=args.augmented)
+    sheet.save(args.out)
+    print(f"written: {args.out}")
+    return 0
+
+
+def _checkpoint(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
