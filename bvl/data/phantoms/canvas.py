@@ -24,7 +24,7 @@ class Footprint:
     dy: Float[np.ndarray, "h 1"]
     rho: Float[np.ndarray, "h w"]
     inside: Bool[np.ndarray, "h w"]
-    edge: float  # rho to pixels, for anti-aliased edges
+    edge: Float[np.ndarray, "h w"]  # pixels to a unit of rho, for anti-aliased edges
 
     def alpha(self, limit: float = 1.0) -> Float[np.ndarray, "h w"]:
         """Coverage of the shape scaled by `limit`, anti-aliased over one pixel."""
@@ -73,13 +73,16 @@ def footprint(instance: Instance, size: int) -> Footprint:
             u + amount * np.sin(k * v + instance.phase),
             v + amount * np.sin(k * u + 2 * instance.phase),
         )
-    squared = (u / instance.radius) ** 2 + (v / minor) ** 2
-    rho = np.sqrt(squared)
+    u, v = u / instance.radius, v / minor
+    rho = np.sqrt(u * u + v * v)
+    # One pixel changes rho by the length of its gradient: little at the tips of a long shape.
+    steepness = np.sqrt((u / instance.radius) ** 2 + (v / minor) ** 2)
+    edge = np.maximum(size * rho / np.maximum(steepness, 1e-6), max(1.0, minor * size))
     inside = rho < 1.0
     if not inside.any():
         # Thinner than the pixel spacing at this size: what is drawn is at least its nearest pixel.
         inside = rho <= rho.min()
-    return Footprint(rows, cols, dx, dy, rho, inside, max(1.0, instance.minor * size))
+    return Footprint(rows, cols, dx, dy, rho, inside, edge)
 
 
 @functools.lru_cache(maxsize=64)

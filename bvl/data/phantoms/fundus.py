@@ -96,11 +96,11 @@ def _draw(image: Float[np.ndarray, "h w 3"], instance: Instance, tint: np.ndarra
         blend(image, f.window, 0.95 * strength * f.alpha(), tint * (0.22, 0.1, 0.12))
     elif instance.finding == "hard exudates":
         # Yellow dots on swollen, darker retina.
-        blend(image, f.window, 0.9 * strength * f.alpha(), tint * (0.55, 0.35, 0.3))
+        blend(image, f.window, 0.9 * strength * f.alpha(), tint * (0.7, 0.35, 0.6))
         for x, y, r in instance.dots:
             rho = np.sqrt((f.dx - x) ** 2 + (f.dy - y) ** 2) / r
             dot = np.clip((1.0 - rho) * (r * image.shape[0]) + 0.5, 0.0, 1.0)
-            blend(image, f.window, 0.95 * strength * dot, (1.0, 0.9, 0.3))
+            blend(image, f.window, 0.95 * strength * dot, (1.0, 0.9, 0.4))
     elif instance.finding == "cotton wool spot":
         soft = np.clip(1.35 * (1.0 - f.rho * f.rho) + 0.15, 0.0, 1.0) * f.alpha(1.06)
         blend(image, f.window, 0.95 * strength * soft, (0.95, 0.95, 0.85))
@@ -124,7 +124,8 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
         + 0.12 * smooth_field(rng, size, cells=4)
         + 0.08 * smooth_field(rng, size, cells=9)
     )
-    hue = 0.1 * smooth_field(rng, size, cells=8)
+    hue = 0.12 * smooth_field(rng, size, cells=8)
+    blue = 0.2 * smooth_field(rng, size, cells=8)
     # Macula: a darker spot a little to the temporal side.
     mx, my = cx - _nasal(scene.view) * 0.06, cy + 0.015
     light -= 0.22 * np.exp(-((x - mx) ** 2 + (y - my) ** 2) * 180.0)
@@ -133,8 +134,8 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     haze = np.maximum(0.03 + (0.05 + 0.2 * exposure[5]) * smooth_field(rng, size, cells=7), 0.0)
 
     image = np.empty((size, size, 3), np.float32)
-    for channel, (absorbed, shift) in enumerate(((0.38, -0.4), (0.6, 1.0), (0.45, 1.3))):
-        image[..., channel] = tint[channel] * light * (1.0 + shift * hue) * (1.0 - absorbed * vessels) + haze
+    for channel, (absorbed, shift) in enumerate(((0.38, -0.4 * hue), (0.6, hue), (0.45, blue))):
+        image[..., channel] = tint[channel] * light * (1.0 + shift) * (1.0 - absorbed * vessels) + haze
     ox, oy, disc = _optic_disc(anatomy, scene.view)
     pale = np.clip((1.0 - ((x - ox) ** 2 + ((y - oy) * 0.9) ** 2) / (disc * disc)) * 3.0, 0.0, 1.0)
     pale *= 0.75 * (1.0 - 0.6 * vessels)

@@ -53,7 +53,7 @@ def _behind(
 
 def _draw_behind(echo: Float[np.ndarray, "h w"], instance: Instance, apex: tuple[float, float]) -> None:
     """The shadow behind a stone, the enhancement behind a cyst."""
-    change = {"cyst": 0.7, "stone": -0.8}.get(instance.finding)
+    change = {"cyst": 0.7, "stone": -0.65}.get(instance.finding)
     if change is None:
         return
     x, y = grid(echo.shape[0])
