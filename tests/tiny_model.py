@@ -1,0 +1,60 @@
+"""A model with random weights, small enough for any test, put together by hand."""
+
+import jax
+import jax.numpy as jnp
+
+from bvl.config import Config
+from bvl.data.phantoms import Phantoms
+from bvl.data.pipeline import DataConfig, training_texts
+from bvl.data.sources import RecordSet, Source
+from bvl.data.text import Tokenizer, TokenizerConfig
+from bvl.data.transforms import Preprocess
+from bvl.mesh import MeshConfig, make_mesh, unbox
+from bvl.models.text import TextConfig
+from bvl.models.vit import ViTConfig
+from bvl.models.vlm import DualEncoderConfig
+from bvl.runs import Components, Encoder, build_model
+from bvl.tasks.classify import Classify
+from bvl.tasks.contrastive import Contrastive
+
+PHANTOMS = Phantoms(num_patients=40, image_size=32)
+
+
+def tiny_components(*, classes: tuple[str, ...] = (), multi_label: bool = False) -> Components:
+    """A dual encoder of one layer a tower at 32 px; with `classes`, a head of a task "classify" too."""
+    tasks = {"contrastive": Contrastive()}
+    if classes:
+        tasks["classify"] = Classify(multi_label=multi_label)
+    source = Source(phantoms=PHANTOMS)
+    config = Config(
+        model=DualEncoderConfig(
+            image=ViTConfig("XXS/16", pool="mean", width=16, depth=1, num_heads=2),
+            text=TextConfig(width=16, depth=1, num_heads=2),
+            embed_dim=8,
+        ),
+        data=DataConfig(
+            train=(source,),
+            preprocess=Preprocess(image_size=32),
+            tokenizer=TokenizerConfig(vocab_size=300, context_length=16),
+        ),
+        tasks=tasks,
+        optim=None,
+        steps=1,
+        batch_size=8,
+    )
+    tokenizer = Tokenizer.train(training_texts([RecordSet(source)]), config.data.tokenizer)
+    model = build_model(config, tokenizer)
+    tokens = jnp.zeros((1, tokenizer.context_length), jnp.int32)
+    images = jnp.zeros((1, 32, 32, 3), jnp.float32)
+    params = {
+        "model": unbox(model.init(jax.random.key(0), images, tokens, tokens == 0)["params"]),
+        "heads": {},
+    }
+    if classes:
+        key = jax.random.key(1)
+        kernel = jax.random.normal(key, (16, len(classes)))
+        params["heads"] = {"classify": {"linear": {"kernel": kernel, "bias": jnp.zeros(len(classes))}}}
+    mesh = make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
+    preprocess = config.data.preprocess
+    encoder = Encoder(model, preprocess, mesh)
+    return Components(model, params, tokenizer, preprocess, config, classes, encoder, step=7)
