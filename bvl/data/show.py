@@ -22,6 +22,8 @@ MARGIN = 12
 FONT_SIZE = 13
 LINE = 16
 SWATCH = 14
+# No text is set tighter than this on average, in pixels a character.
+NARROWEST = 3
 MAX_LINES = 9
 # With more boxes than this their names would hide the image; the legend under it has them anyway.
 MAX_NAMED_BOXES = 6
@@ -243,6 +245,8 @@ def _wrap(lines: list[_Line], width: int, draw: ImageDraw.ImageDraw, font: Any) 
         room = width - (SWATCH if line.swatch else 0)
         while rest and taken < MAX_LINES:
             end = len(rest)
+            if end > (most := room // NARROWEST):  # measuring all of a long text for every line is slow
+                end = max(rest.rfind(" ", 0, most), most // 2)
             while end > 1 and draw.textlength(rest[:end], font=font) > room:
                 space = rest.rfind(" ", 0, end)
                 end = space if space > 0 else end - 1

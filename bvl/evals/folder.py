@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from bvl.data.records import read_records
+from bvl.data.records import read_records, select_split
 from bvl.data.sources import Source
 from bvl.errors import DataError
 from bvl.evals.base import Suite, fields_of
@@ -38,6 +38,7 @@ def suites_for(folder: str | Path, *, split: str | None = None, name: str | None
         logger.info(
             "%s: evaluating %s", name, f"split {split!r}" if split else "all records (no test or val split)"
         )
+    select_split(records, split)  # a split that is not there is an error of its own
     source = Source(name=name, root=str(folder), split=split)
 
     suites: dict[str, Suite] = {}
