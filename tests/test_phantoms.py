@@ -25,6 +25,9 @@ from bvl.data.phantoms.catalogue import CATALOGUE, FINDING_OF
 from bvl.data.phantoms.plan import PAINTERS, generator
 from bvl.errors import ConfigError, DataError, UserError
 
+# A value out of range in a rendering would show as one.
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
 
 @pytest.fixture(scope="module")
 def source() -> PhantomSource:

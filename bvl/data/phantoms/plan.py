@@ -16,11 +16,11 @@ PAINTERS = {
 }
 
 MAX_VISITS = 3
-PREVALENCE = 0.42  # of each finding, before the few that find no room are left out
-UNCERTAIN = 0.06  # share of drawn findings that are equivocal
+PREVALENCE = 0.45  # of each finding, before the few that find no room are left out
+UNCERTAIN = 0.05  # share of drawn findings that are equivocal
 PROGRESS = 0.4  # chance that a finding is drawn anew at a follow-up
 # Contrast by severity; the ranges are apart, so that a named severity can be decided from the image.
-STRENGTHS = {"equivocal": (0.36, 0.42), "mild": (0.66, 0.76), "marked": (0.96, 1.04)}
+STRENGTHS = {"equivocal": (0.38, 0.44), "mild": (0.72, 0.8), "marked": (0.98, 1.04)}
 
 _TRIES = 8  # places tried for each instance
 _STATE = 8  # uniform numbers for a finding as a whole

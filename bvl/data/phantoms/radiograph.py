@@ -44,7 +44,7 @@ def _draw(image: Float[np.ndarray, "h w"], instance: Instance) -> None:
     if instance.finding == "nodule":
         part += 0.62 * strength * alpha
     elif instance.finding == "cavity":
-        part += strength * (0.5 * alpha - 0.95 * f.alpha(0.62))
+        part += strength * (0.6 * alpha - 1.05 * f.alpha(0.6))
     elif instance.finding == "consolidation":
         # Aerated bronchi cross the opacity: a coarse bright and dark weave.
         k = 2.0 * math.pi / 0.085
@@ -63,7 +63,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     middle = 0.5 * (lungs["left"][0] + lungs["right"][0])
     height = lungs["left"][1]
 
-    image = 0.55 + 0.09 * smooth_field(rng, size, cells=5) + 0.055 * smooth_field(rng, size, cells=9)
+    image = 0.55 + 0.09 * smooth_field(rng, size, cells=5) + 0.04 * smooth_field(rng, size, cells=9)
     wall = 0.4 + 0.05 * anatomy[5] + 0.1 * y
     body = np.clip((wall - np.abs(x - middle)) * 14.0, 0.0, 1.0) * np.clip(
         (y + 0.9 - 2.2 * np.abs(x - middle)) * 4, 0.0, 1.0
@@ -71,7 +71,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     aerated = 0.0
     for lx, ly, width, length in lungs.values():
         aerated = aerated + ellipse(x, y, (lx, ly), (width, length), sharpness=2.2)
-    image -= (0.3 + 0.1 * exposure[0]) * aerated
+    image -= (0.34 + 0.08 * exposure[0]) * aerated
 
     # Ribs: bright arcs that fall off to the sides.
     rib = np.cos(
@@ -99,6 +99,6 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
 
     image *= 0.08 + 0.92 * body
     # Quantum noise: the spread grows with the square root of the signal.
-    image += (0.01 + 0.03 * exposure[1]) * np.sqrt(np.maximum(image, 0.02)) * grain(rng, size)
+    image += (0.01 + 0.02 * exposure[1]) * np.sqrt(np.maximum(image, 0.02)) * grain(rng, size)
     gain, level = 0.8 + 0.3 * exposure[2], 0.16 * (exposure[3] - 0.5)
     return np.clip(image * gain + level, 0.0, 1.0)

@@ -122,7 +122,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     imaginary[:, 1:] += 0.6 * imaginary[:, :-1]
     depth = 0.2 + 0.25 * exposure[4]
     speckle = (1.0 - depth) + depth * 0.7 * np.sqrt(real * real + imaginary * imaginary)
-    image = np.log1p(6.0 * echo * speckle) / math.log1p(6.0 * 2.2)
+    image = np.log1p(6.0 * np.maximum(echo, 0.0) * speckle) / math.log1p(6.0 * 2.2)
 
     inside = np.clip((1.0 - np.abs(beam)) * half * distance * 64.0 + 0.5, 0.0, 1.0)
     inside *= np.clip((distance - _NEAR) * 64.0 + 0.5, 0.0, 1.0) * np.clip(
