@@ -12,17 +12,8 @@ import optax
 import pytest
 
 from bvl.errors import ConfigError
-from bvl.losses.contrastive import (
-    Targets,
-    diagonal,
-    multi_text,
-    naive_sigmoid_loss,
-    naive_softmax_loss,
-    same_labels,
-    same_text,
-    sigmoid_loss,
-    softmax_loss,
-)
+from bvl.losses.contrastive import naive_sigmoid_loss, naive_softmax_loss, sigmoid_loss, softmax_loss
+from bvl.losses.targets import Targets, diagonal, multi_text, same_labels, same_text
 
 LOSSES = {"softmax": (softmax_loss, naive_softmax_loss), "sigmoid": (sigmoid_loss, naive_sigmoid_loss)}
 SCALE, BIAS = 9.0, -3.0

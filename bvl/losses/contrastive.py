@@ -15,7 +15,6 @@ and from G follow d image = scale G text, d text = scale G^T image, d scale = su
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,103 +22,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
+from jaxtyping import Array, Bool, Float
 
 from bvl.errors import ConfigError
 from bvl.losses.ring import blocked_loop
+from bvl.losses.targets import Targets, diagonal, image_of_each_text
 
 # Stands for minus infinity where a difference of two of them must be 0, not NaN.
 _LOWEST = -1e30
-
-
-# --- Targets: which texts belong to which images ----------------------------------------------------------
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows", "cols"], meta_fields=["block"])
-@dataclasses.dataclass(frozen=True)
-class Targets:
-    """Which text is a positive of which image, without an [n, m] matrix.
-
-    `rows` and `cols` are pytrees of arrays with leading axis n and m, one descriptor an image and one a text;
-    they are split over the devices as the features are. `block(rows, cols)` is a static function that turns the
-    descriptors of r images and c texts into their [r, c] target weights, which are >= 0 and, for `sigmoid_loss`,
-    <= 1. It must treat every pair on its own. Targets are constants: no gradient flows into the descriptors.
-    """
-
-    rows: PyTree[Array]
-    cols: PyTree[Array]
-    block: Callable[[PyTree, PyTree], Array]
-
-
-def diagonal(num_images: int, num_texts: int) -> Targets:
-    """Text j belongs to image j // K, for num_texts = K num_images: the i-th pair, or K texts in a row an image.
-
-    Raises ConfigError if num_texts is not a multiple of num_images.
-    """
-    return Targets(jnp.arange(num_images), _owner(num_images, num_texts), _equal)
-
-
-def multi_text(image_of_text: Int[Array, " m"], *, num_images: int) -> Targets:
-    """Text j belongs to the image with the global index image_of_text[j]: any number of texts an image."""
-    return Targets(jnp.arange(num_images), jnp.asarray(image_of_text), _equal)
-
-
-def same_text(image_text_ids: UInt[Array, " n"] | UInt[Array, "n K"], text_ids: UInt[Array, " m"]) -> Targets:
-    """Texts with the same hash as a text of the image are positives too, beside the image's own (`diagonal`).
-
-    `image_text_ids` has the hash of the image's text, or of its K texts.
-    """
-    ids = jnp.asarray(image_text_ids)
-    ids = ids[:, None] if ids.ndim == 1 else ids
-    index, owner = jnp.arange(len(ids)), _owner(len(ids), len(text_ids))
-    return Targets((index, ids), (owner, jnp.asarray(text_ids)), _same_text_block)
-
-
-def same_labels(
-    image_labels: Float[Array, "n C"], text_labels: Float[Array, "m C"], *, soft: bool = False
-) -> Targets:
-    """Texts of an example with equal labels are positives too, beside the image's own (`diagonal`).
-
-    Labels are multi-hot, 0 or 1. With `soft`, examples that share some labels are positives by the weight
-    |both| / |either| (Jaccard); two examples without any label count as equal either way.
-    """
-    image_labels, text_labels = jnp.asarray(image_labels, jnp.float32), jnp.asarray(text_labels, jnp.float32)
-    index, owner = jnp.arange(len(image_labels)), _owner(len(image_labels), len(text_labels))
-    block = _label_overlap_block if soft else _equal_labels_block
-    return Targets((index, image_labels), (owner, text_labels), block)
-
-
-def _owner(num_images: int, num_texts: int) -> Int[Array, " m"]:
-    if num_images < 1 or num_texts % num_images:
-        raise ConfigError(
-            f"{num_texts} texts for {num_images} images: give the same number of texts for every image, "
-            "or say whose each text is with targets=multi_text(...)"
-        )
-    return jnp.arange(num_texts) // (num_texts // num_images)
-
-
-def _equal(rows, cols):
-    return (rows[:, None] == cols[None, :]).astype(jnp.float32)
-
-
-def _same_text_block(rows, cols):
-    (index, ids), (owner, text_ids) = rows, cols
-    positive = index[:, None] == owner[None, :]
-    for k in range(ids.shape[1]):
-        positive |= ids[:, k, None] == text_ids[None, :]
-    return positive.astype(jnp.float32)
-
-
-def _label_overlap_block(rows, cols):
-    (index, labels), (owner, text_labels) = rows, cols
-    both = jnp.einsum("ic,jc->ij", labels, text_labels, precision="highest")
-    either = labels.sum(1)[:, None] + text_labels.sum(1)[None, :] - both
-    overlap = jnp.where(either > 0, both / jnp.maximum(either, 1), 1.0)
-    return jnp.where(index[:, None] == owner[None, :], 1.0, overlap)
-
-
-def _equal_labels_block(rows, cols):
-    return (_label_overlap_block(rows, cols) == 1.0).astype(jnp.float32)
 
 
 # --- The losses -------------------------------------------------------------------------------------------
@@ -249,7 +159,7 @@ def _weights(pair_weights, n: int, m: int) -> tuple[Array, Array]:
     if pair_weights is None:
         return jnp.ones(n), jnp.ones(m)
     if not isinstance(pair_weights, tuple):
-        pair_weights = (pair_weights, jnp.asarray(pair_weights)[_owner(n, m)])
+        pair_weights = (pair_weights, jnp.asarray(pair_weights)[image_of_each_text(n, m)])
     weights = tuple(jnp.asarray(w, jnp.float32) for w in pair_weights)
     if [w.shape for w in weights] != [(n,), (m,)]:
         raise ConfigError(

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bvl.errors import ConfigError
-from bvl.losses.contrastive import diagonal, same_labels, same_text, sigmoid_loss, softmax_loss
+from bvl.losses.contrastive import sigmoid_loss, softmax_loss
+from bvl.losses.targets import diagonal, same_labels, same_text
 from bvl.runs import Components
 from bvl.tasks.base import Context, LossOutput, Task, View
 

@@ -17,8 +17,9 @@ from test_contrastive_loss import (
 )
 
 from bvl.errors import ConfigError
-from bvl.losses.contrastive import multi_text, sigmoid_loss, softmax_loss
+from bvl.losses.contrastive import sigmoid_loss, softmax_loss
 from bvl.losses.ring import blocked_loop
+from bvl.losses.targets import multi_text
 from bvl.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 
 MIB = 2**20
