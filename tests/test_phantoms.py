@@ -127,8 +127,8 @@ def test_masks_hold_what_was_drawn(modality):
             continue
         seen = to_uint8(painter.render(scene, 64, generator(7))).astype(int)
         for instance in scene.instances:
-            # The smear's ordinary cells make room for a finding; keep them where they are by moving it
-            # out of sight instead of removing it: compare with the same scene at no contrast.
+            # Compared with the same finding at no contrast: were it left out, the ordinary cells of a
+            # smear would take its room.
             faded = tuple(
                 dataclasses.replace(i, strength=0.0) if i is instance else i for i in scene.instances
             )

@@ -36,11 +36,7 @@ def _colours(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _red_cells(
-    image: Float[np.ndarray, "h w 3"],
-    scene: Scene,
-    rng: np.random.Generator,
-    cell: np.ndarray,
-    field: np.ndarray,
+    image: Float[np.ndarray, "h w 3"], scene: Scene, rng: np.random.Generator, cell: np.ndarray
 ) -> None:
     """Ordinary red cells on a jittered lattice, where no finding lies."""
     size = image.shape[0]
@@ -124,7 +120,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Float[np.ndarra
     # Uneven stain: broad bluish-purple clouds.
     cloud = np.maximum(0.08 + 0.14 * smooth_field(rng, size, cells=7), 0.0) * (0.3 + 1.4 * scene.exposure[12])
     image -= cloud[..., None] * (field - nucleus)
-    _red_cells(image, scene, rng, cell, field)
+    _red_cells(image, scene, rng, cell)
     _platelets(image, scene, rng, nucleus)
     for instance in scene.instances:
         _draw(image, instance, cell, field, nucleus)
