@@ -16,9 +16,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Quiet libraries: their start-up notes hide ours.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     args = _parse(argv)
+    from bvl.train.environment import keep_freed_memory
     from bvl.train.metrics_log import set_up_logging
 
     set_up_logging()
+    keep_freed_memory()
     try:
         return args.run(args) or 0
     except UserError as error:

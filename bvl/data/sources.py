@@ -26,6 +26,7 @@ class Source:
     """Where records come from and how they are read.
 
     root: a folder with records.jsonl (or one CSV), or the file itself; `phantoms`: generated instead.
+    subfolder: where below data.root this source lies, when its root comes from there.
     split: the split to read, None = all. Where no record has one, 90 % are "train" and 10 % "val", by group.
     text: the field to read, or fields with probabilities; "labels" fills `templates`.
     laterality: left and right matter, so horizontal flips are forbidden.
@@ -34,6 +35,7 @@ class Source:
 
     name: str = ""
     root: str | None = None
+    subfolder: str = ""
     phantoms: Phantoms | None = None
     split: str | None = "train"
     weight: float = 1.0
@@ -62,7 +64,7 @@ class Source:
 
     def at_root(self, root: str) -> Source:
         """This source, reading `root` where it has no place of its own yet."""
-        return self if self.root or self.phantoms else dataclasses.replace(self, root=root)
+        return self if self.root or self.phantoms else dataclasses.replace(self, root=str(Path(root) / self.subfolder))
 
 
 class RecordSet:

@@ -20,7 +20,7 @@ from bvl.mesh import check_batch_size, make_mesh, replicated, shardings_of, to_g
 from bvl.runs import Components, Encoder, RunFolder, build_model, load_components, write_atomic
 from bvl.tasks.base import ModelInfo
 from bvl.train.bad_records import BadRecords
-from bvl.train.environment import describe_environment, enable_compilation_cache
+from bvl.train.environment import describe_environment, enable_compilation_cache, keep_freed_memory
 from bvl.train.metrics_log import MetricsLog, ProgressLines, Stopwatch
 from bvl.train.optim import make_optimizer, make_schedule
 from bvl.train.setup import Data, checkpoint_items, first_state, load_frozen, place_suites, prepare_data
@@ -41,6 +41,7 @@ def train(config: Config, *, force: bool = False) -> int:
     """
     if config.workdir is None:
         raise ConfigError("no run folder: add workdir=DIR, for example workdir=runs/my_run")
+    keep_freed_memory()
     run = RunFolder(config.workdir)
     with run.lock():
         return _train(config, run, force)
