@@ -12,6 +12,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
@@ -104,6 +105,14 @@ class Attention(nn.Module):
         )
 
 
+def gelu(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """x times the normal distribution function at x (Hendrycks & Gimpel 2016, arXiv:1606.08415), exactly.
+
+    Written with erf: the erfc of `jax.nn.gelu(approximate=False)` costs a twentieth of a training step on CPU.
+    """
+    return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
 class Mlp(nn.Module):
     """Two affine maps with a GELU between."""
 
@@ -114,7 +123,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         h = Dense(self.hidden, names=("embed", "mlp"), dtype=self.dtype, name="up")(x)
         return Dense(x.shape[-1], names=("mlp", "embed"), dtype=self.dtype, name="down")(
-            nn.gelu(h, approximate=False)
+            gelu(h)
         )
 
 
