@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bvl.config import Config
 from bvl.data.phantoms import Phantoms
@@ -46,13 +47,13 @@ def tiny_components(*, classes: tuple[str, ...] = (), multi_label: bool = False)
     model = build_model(config, tokenizer)
     tokens = jnp.zeros((1, tokenizer.context_length), jnp.int32)
     images = jnp.zeros((1, 32, 32, 3), jnp.float32)
-    params = {
-        "model": unbox(model.init(jax.random.key(0), images, tokens, tokens == 0)["params"]),
-        "heads": {},
-    }
+    # Only the shapes are taken from the model: compiling its initialisers would take longer than all the rest.
+    shapes = unbox(jax.eval_shape(model.init, jax.random.key(0), images, tokens, tokens == 0)["params"])
+    rng = np.random.default_rng(0)
+    values = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
+    params = {"model": {**values, "log_scale": jnp.asarray(2.5, jnp.float32)}, "heads": {}}
     if classes:
-        key = jax.random.key(1)
-        kernel = jax.random.normal(key, (16, len(classes)))
+        kernel = jnp.asarray(rng.normal(size=(16, len(classes))), jnp.float32)
         params["heads"] = {"classify": {"linear": {"kernel": kernel, "bias": jnp.zeros(len(classes))}}}
     mesh = make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
     preprocess = config.data.preprocess
