@@ -8,6 +8,7 @@ the run's own keys.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import enum
@@ -16,12 +17,15 @@ import importlib
 import importlib.util
 import inspect
 import json
+import sys
+import traceback
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from bvl.errors import ConfigError
+from bvl.errors import ConfigError, UserError
 from bvl.mesh import MeshConfig
 
 FORMAT_VERSION = 1
@@ -37,6 +41,9 @@ class EvalConfig:
     # Exponential moving average of the parameters, where the optimiser keeps one.
     use_ema: bool = True
 
+    def __post_init__(self):
+        _at_least(self, every=0, batch_size=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -48,6 +55,9 @@ class CheckpointConfig:
     best: str | None = None
     best_mode: Literal["max", "min"] = "max"
 
+    def __post_init__(self):
+        _at_least(self, every=0, keep=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
@@ -55,6 +65,9 @@ class LogConfig:
 
     every: int = 50
     tensorboard: bool = True
+
+    def __post_init__(self):
+        _at_least(self, every=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +95,15 @@ class Config:
     workdir: str | None = None
 
     def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        _at_least(self, steps=1, batch_size=1, seed=0)
         if not self.tasks:
             raise ConfigError("tasks is empty: name at least one, for example {'contrastive': Contrastive()}")
+
+
+def _at_least(options: Any, **minimum: int) -> None:
+    for name, least in minimum.items():
+        if getattr(options, name) < least:
+            raise ConfigError(f"{name}={getattr(options, name)}: must be at least {least}")
 
 
 # Keys in which a run may differ from the config its folder was started with.
@@ -112,13 +129,17 @@ def load_config(spec: str, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"no config file {path}{hint}")
     module_spec = importlib.util.spec_from_file_location(f"bvl_config_{file.stem}", file)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    # Annotations of dataclasses that the file itself defines are looked up here.
+    sys.modules[module_spec.name] = module
+    with _errors_of(file):
+        module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no function get_config() that returns a bvl.config.Config")
     takes_arg = bool(inspect.signature(module.get_config).parameters)
     if arg and not takes_arg:
         raise ConfigError(f"{path}: get_config takes no argument, but {arg!r} was given after ':'")
-    config = module.get_config(arg) if arg else module.get_config()
+    with _errors_of(file):
+        config = module.get_config(arg) if arg else module.get_config()
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not bvl.config.Config")
     config = check(config)
@@ -130,6 +151,19 @@ def load_config(spec: str, overrides: list[str] | None = None) -> Config:
     return config
 
 
+@contextlib.contextmanager
+def _errors_of(file: Path) -> Iterator[None]:
+    """Turn what goes wrong in a config file, such as a misspelt keyword, into one line that says where."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
+        raise ConfigError(f"{file}, line {line}: {type(error).__name__}: {error}") from error
+
+
 def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
     """Parse the "a=1,b=x" after a config's colon; each default gives the name and the type of a knob."""
     values = dict(defaults)
@@ -139,13 +173,13 @@ def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
             raise ConfigError(f"config argument {key!r} is unknown; known: {', '.join(defaults)}")
         if not separator:
             text = "true"
-        values[key] = _coerce(_parse(text), type(defaults[key]), key)
+        values[key] = _coerce_text(text, type(defaults[key]), key)
     return types.SimpleNamespace(**values)
 
 
 def with_value(node: Any, key: str, text: str) -> Any:
     """A copy of a config tree in which the dotted `key` holds the value that `text` spells."""
-    return _replace(node, key.split("."), _parse(text), key, type(node))
+    return _replace(node, key.split("."), text, key, type(node))
 
 
 def check(node: Any) -> Any:
@@ -249,9 +283,24 @@ def _unknown(key: str, name: str, known: list[str]) -> ConfigError:
     return ConfigError(f"unknown config key {key!r}{hint} (known here: {', '.join(known)})")
 
 
-def _replace(node: Any, path: list[str], value: Any, full: str, expected: Any) -> Any:
+def _coerce_text(text: str, hint: Any, where: str) -> Any:
+    """The value that `text` spells, where the annotation `hint` says what may stand there."""
+    try:
+        return _coerce(_parse(text), hint, where)
+    except ConfigError as error:
+        # A folder named 2024 and the choice "none" are strings, though they also spell something else.
+        try:
+            return _coerce(text, hint, where)
+        except ConfigError:
+            raise error from None
+
+
+def _replace(node: Any, path: list[str], text: str, full: str, expected: Any) -> Any:
+    # What is annotated as Any (model, a task ...) keeps the type of what the config file put there.
+    if expected is Any and dataclasses.is_dataclass(node):
+        expected = type(node)
     if not path:
-        return _coerce(value, expected, full)
+        return _coerce_text(text, expected, full)
     head, rest = path[0], path[1:]
     done = full[: len(full) - len(".".join(rest)) - 1] if rest else full
     if dataclasses.is_dataclass(node):
@@ -260,27 +309,24 @@ def _replace(node: Any, path: list[str], value: Any, full: str, expected: Any) -
             raise _unknown(done, head, names)
         old = getattr(node, head)
         hint = typing.get_type_hints(type(node))[head]
-        # A field annotated Any (model, tasks ...) keeps the type of what the config file put there.
-        if hint is Any and dataclasses.is_dataclass(old):
-            hint = type(old)
-        return _build_like(node, head, _replace(old, rest, value, full, hint), done)
+        return _build_like(node, head, _replace(old, rest, text, full, hint), done)
     if isinstance(node, dict):
         args = typing.get_args(expected)
         hint = args[1] if len(args) == 2 else Any
         if rest and head not in node:
             raise _unknown(done, head, list(node))
-        return {**node, head: _replace(node.get(head), rest, value, full, hint)}
+        return {**node, head: _replace(node.get(head), rest, text, full, hint)}
     if isinstance(node, tuple | list):
         if not head.isdigit() or int(head) >= len(node):
             raise ConfigError(f"{done}: there are {len(node)} entries here, numbered from 0")
         args = [a for a in typing.get_args(expected) if a is not Ellipsis]
         hint = args[0] if args else type(node[int(head)])
         items = list(node)
-        items[int(head)] = _replace(items[int(head)], rest, value, full, hint)
+        items[int(head)] = _replace(items[int(head)], rest, text, full, hint)
         return tuple(items)
     options = [a for a in _members(expected) if dataclasses.is_dataclass(a)]
     if node is None and options:
-        return _replace(options[0](), path, value, full, options[0])
+        return _replace(options[0](), path, text, full, options[0])
     raise ConfigError(
         f"config key {full!r}: {done.rpartition('.')[0]!r} holds {node!r} and has no keys below it"
     )
