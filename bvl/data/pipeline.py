@@ -174,6 +174,10 @@ class Pipeline:
         self, *, start: int, stop: int, host: int = 0, num_hosts: int = 1
     ) -> Iterator[tuple[dict[str, np.ndarray], list[dict[str, str]]]]:
         """(batch, unreadable records met on the way) of steps start .. stop-1: this host's contiguous rows."""
+        if self.batch_size % num_hosts:
+            raise ConfigError(f"batch_size={self.batch_size} cannot be split over {num_hosts} hosts")
+        if start >= stop:
+            return
         rows = self.batch_size // num_hosts
 
         def example(local: int) -> dict[str, Any]:

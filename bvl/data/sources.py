@@ -64,7 +64,11 @@ class Source:
 
     def at_root(self, root: str) -> Source:
         """This source, reading `root` where it has no place of its own yet."""
-        return self if self.root or self.phantoms else dataclasses.replace(self, root=str(Path(root) / self.subfolder))
+        return (
+            self
+            if self.root or self.phantoms
+            else dataclasses.replace(self, root=str(Path(root) / self.subfolder))
+        )
 
 
 class RecordSet:
@@ -108,9 +112,8 @@ class RecordSet:
             return self._cache[index]
         record = dict(self._records[index])
         if self._phantoms is not None:
-            record |= {
-                k: v for k, v in self._phantoms[int(self._index[index])].items() if k in ("image", "mask")
-            }
+            drawn = self._phantoms[int(self._index[index])]
+            record |= {"image": drawn["image"], "mask": drawn["mask"] if mask else None}
         else:
             if record.get("image") is not None:
                 record["image"] = open_image(record["image"], self.root)

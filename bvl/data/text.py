@@ -26,7 +26,10 @@ ROLES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """`path` loads a tokenizer.json or vocab.txt; without it one is trained on the training text and kept in the run."""
+    """`path` loads a tokenizer.json or vocab.txt; without it one is trained on the training text and kept in the run.
+
+    vocab_size: of a trained tokenizer; all characters of the text get a token even if they are more.
+    """
 
     path: str | None = None
     kind: Literal["wordpiece", "bpe"] = "wordpiece"
@@ -39,8 +42,9 @@ class TokenizerConfig:
             raise ConfigError(
                 f"context_length={self.context_length}: start, one token and end need at least 3"
             )
-        if self.vocab_size < 8:
-            raise ConfigError(f"vocab_size={self.vocab_size}: must be at least 8")
+        least = 8 if self.kind == "wordpiece" else 260
+        if self.vocab_size < least:
+            raise ConfigError(f"vocab_size={self.vocab_size}: must be at least {least} for {self.kind}")
 
 
 class Tokenizer:
@@ -49,16 +53,24 @@ class Tokenizer:
     def __init__(self, model: tokenizers.Tokenizer, context_length: int):
         model.no_padding()
         model.no_truncation()
+        # "[END]" written in a caption is text and ends nothing.
+        model.encode_special_tokens = True
         self._model = model
         self.context_length = context_length
         self.pad_id, self.start_id, self.end_id = (_role_id(model, role) for role in ("pad", "start", "end"))
-        self.vocab_size = model.get_vocab_size()
+        # Ids may have gaps; a token embedding needs a row up to the highest.
+        self.vocab_size = 1 + max(model.get_vocab().values())
 
     @classmethod
     def train(cls, texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-        """Learn a vocabulary of at most `config.vocab_size` from `texts`."""
+        """Learn a vocabulary from `texts`; equal texts in equal order give equal tokenizers.
+
+        Raises DataError if there is no text.
+        """
         special = [PAD, UNKNOWN, START, END]
         texts = list(texts)
+        if not any(text.strip() for text in texts):
+            raise DataError("the training text is empty: no tokenizer can be trained on it")
         if config.kind == "wordpiece":
             model = _train_wordpiece(texts, config, special)
         else:
@@ -73,8 +85,6 @@ class Tokenizer:
                 initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             )
             model.train_from_iterator(texts, trainer)
-        if model.get_vocab_size() <= len(special):
-            raise DataError("the training text is empty: no tokenizer can be trained on it")
         return cls(model, config.context_length)
 
     @classmethod
@@ -84,7 +94,7 @@ class Tokenizer:
         if not path.is_file():
             raise DataError(f"no tokenizer file {path}")
         if path.suffix == ".txt":
-            vocab = {word: i for i, word in enumerate(path.read_text(encoding="utf-8").splitlines())}
+            vocab = _read_vocab(path)
             model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
             model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
             model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -137,6 +147,19 @@ class Tokenizer:
     def hash(self) -> str:
         """Hash of vocabulary and rules; two tokenizers with the same hash give the same ids."""
         return hashlib.sha256(self._model.to_str().encode()).hexdigest()[:12]
+
+
+def _read_vocab(path: Path) -> dict[str, int]:
+    """Token -> number of its line, counted from 0, as BERT's vocab.txt has them."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
+    # Not splitlines: it would also break at separators that are tokens themselves.
+    vocab = {word.rstrip("\r"): i for i, word in enumerate(text.removesuffix("\n").split("\n"))}
+    if "[UNK]" not in vocab:
+        raise DataError(f"{path} has no token [UNK]; a vocab.txt lists one WordPiece token a line")
+    return vocab
 
 
 def _normalizer(config: TokenizerConfig) -> tokenizers.normalizers.Normalizer:
@@ -211,8 +234,8 @@ class TextChoice:
         for name, probability in self.fields:
             value = record.get(name)
             if name == "labels":
-                value = [t.format(", ".join(value)) for t in self.templates] if value else None
-            options = [value] if isinstance(value, str) else list(value or ())
+                value = [t.replace("{}", ", ".join(value)) for t in self.templates] if value else None
+            options = value if isinstance(value, list | tuple) else [value]
             options = [o for o in options if isinstance(o, str) and o.strip()]
             if options:
                 yield probability, options
@@ -222,17 +245,18 @@ class TextChoice:
         return [text for _, options in self.candidates(record) for text in options]
 
     def pick(self, record: dict[str, Any], rng: np.random.Generator, count: int = 1) -> list[str]:
-        """`count` texts; different fields first, with repetition only where there are too few."""
+        """`count` texts: different fields first, then other alternatives of a field, then repetitions."""
         candidates = list(self.candidates(record))
         if not candidates:
             return []
         weights = np.array([p for p, _ in candidates])
+        unused = [list(options) for _, options in candidates]
         picked: list[str] = []
         while len(picked) < count:
             size = min(count - len(picked), len(candidates))
             for i in rng.choice(len(candidates), size, replace=False, p=weights / weights.sum()):
-                options = candidates[i][1]
-                picked.append(options[int(rng.integers(len(options)))])
+                unused[i] = unused[i] or list(candidates[i][1])
+                picked.append(unused[i].pop(int(rng.integers(len(unused[i])))))
         return picked
 
     def first(self, record: dict[str, Any]) -> str | None:
