@@ -30,6 +30,8 @@ class TextConfig:
     remat: RematPolicy = "none"
 
     def __post_init__(self):
+        if min(self.width, self.depth, self.num_heads, self.mlp_hidden or 1) < 1:
+            raise ConfigError("text width, depth, num_heads and mlp_hidden must be at least 1")
         if self.width % self.num_heads:
             raise ConfigError(f"text width {self.width} is not divisible by num_heads {self.num_heads}")
 

@@ -54,6 +54,8 @@ class ViTConfig:
                 f"image variant {self.variant!r}: write NAME/PATCH with a name of {', '.join(VARIANTS)}; "
                 f"nearest is '{near}/{patch if patch.isdigit() else 16}'"
             )
+        if min(self.sizes) < 1:
+            raise ConfigError(f"image width, depth, num_heads, mlp_hidden {self.sizes}: must be at least 1")
         if self.sizes[0] % self.sizes[2]:
             raise ConfigError(f"image width {self.sizes[0]} is not divisible by num_heads {self.sizes[2]}")
 

@@ -34,10 +34,12 @@ class DualEncoderConfig:
     init_bias: float | None = None
 
     def __post_init__(self):
-        if not 0 < 1 / self.init_temperature <= self.max_scale:
+        if self.embed_dim < 1:
+            raise ConfigError(f"embed_dim={self.embed_dim}: must be at least 1")
+        if self.init_temperature <= 0 or 1 / self.init_temperature > self.max_scale:
             raise ConfigError(
-                f"init_temperature={self.init_temperature} means a scale of {1 / self.init_temperature:.4g}, "
-                f"outside (0, max_scale={self.max_scale}]"
+                f"init_temperature={self.init_temperature}: it must be above 0, and the scale 1 / temperature "
+                f"at most max_scale={self.max_scale}"
             )
 
 
@@ -92,12 +94,27 @@ class DualEncoder(nn.Module):
 
     def logit_scale_and_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """(scale, bias) of the logits; the bias is 0 where the config has none."""
-        scale = jnp.exp(jnp.minimum(self.log_scale, math.log(self.config.max_scale)))
+        scale = jnp.exp(_at_most(self.log_scale, math.log(self.config.max_scale)))
         return scale, self.bias if self.config.init_bias is not None else jnp.zeros(())
 
     def __call__(self, image: Float[Array, "b h w 3"], tokens: Int[Array, "b t"], mask: Bool[Array, "b t"]):
         """Touch every parameter; for `init`."""
         return self.encode_image(image), self.encode_text(tokens, mask), self.logit_scale_and_bias()
+
+
+@jax.custom_vjp
+def _at_most(x: Float[Array, ""], limit: float) -> Float[Array, ""]:
+    """min(x, limit), whose gradient descent can come back from the limit: only steps further up are cut off."""
+    return jnp.minimum(x, limit)
+
+
+def _at_most_backward(saved, cotangent):
+    x, limit = saved
+    # Descent goes against the gradient, so a positive one leads down.
+    return jnp.where((x < limit) | (cotangent > 0), cotangent, 0.0), None
+
+
+_at_most.defvjp(lambda x, limit: (jnp.minimum(x, limit), (x, limit)), _at_most_backward)
 
 
 def l2_normalize(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
