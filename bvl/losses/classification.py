@@ -20,7 +20,8 @@ def softmax_cross_entropy(
     q = (1 - e) labels + e / C. The mean divides by the sum of the rows' weights, so that weights change the
     balance between classes and not the size of the loss. 0 where no row is valid.
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    # Not only their losses: what stands in invalid rows must not reach the gradient either.
+    log_p = jax.nn.log_softmax(jnp.where(valid[:, None], logits.astype(jnp.float32), 0.0))
     target = (1.0 - label_smoothing) * labels + label_smoothing / labels.shape[-1]
     weights = labels.sum(-1) if class_weights is None else labels @ class_weights
     weights = jnp.where(valid, weights, 0.0)
@@ -40,7 +41,7 @@ def sigmoid_cross_entropy(
 
     The target is (1 - e) label + e / 2. 0 where no entry is valid.
     """
-    logits = logits.astype(jnp.float32)
+    logits = jnp.where(valid, logits.astype(jnp.float32), 0.0)
     target = (1.0 - label_smoothing) * labels + 0.5 * label_smoothing
     losses = -target * jax.nn.log_sigmoid(logits) - (1.0 - target) * jax.nn.log_sigmoid(-logits)
     weights = (
