@@ -26,13 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"bvl {args.verb}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"bvl {args.verb}: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; that is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A path that the user gave (--out, a folder without permission); anything else is ours to mend.
+        if error.filename is None:
+            raise
+        print(f"bvl {args.verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"bvl {args.verb}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,7 +53,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bvl", description="Biomedical vision-language models in JAX.")
+    parser = argparse.ArgumentParser(
+        prog="bvl",
+        description="Biomedical vision-language models in JAX.",
+        epilog="example:\n  bvl train configs/quickstart.py workdir=runs/quickstart",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     train = _verb(verbs, "train", _train, "train a model from a config, or go on where its run folder stands",
@@ -81,20 +92,26 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--split", help="split of the records, default: all")
     _reading(embed)
 
-    data = verbs.add_parser("data", help="make and look at data")
+    data = verbs.add_parser(
+        "data",
+        help="make and look at data",
+        description="Make and look at data.",
+        epilog="example:\n  bvl data show configs/quickstart.py --augmented --out sheet.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     kinds = data.add_subparsers(dest="data_verb", required=True, metavar="WHAT")
     phantoms = _verb(kinds, "phantoms", _data_phantoms, "write phantoms as a folder with records.jsonl",
                      "bvl data phantoms my_phantoms --n 1000 --size 128")  # fmt: skip
     phantoms.add_argument("out", help="folder to write; must be empty or new")
-    phantoms.add_argument("--n", type=int, default=1000, help="number of images (default 1000)")
-    phantoms.add_argument("--size", type=int, default=64, help="side in pixels (default 64)")
+    phantoms.add_argument("--n", type=_positive, default=1000, help="number of images (default 1000)")
+    phantoms.add_argument("--size", type=_positive, default=64, help="side in pixels (default 64)")
     phantoms.add_argument("--seed", type=int, default=0)
     show = _verb(kinds, "show", _data_show, "write a contact sheet of what the model will see",
                  "bvl data show configs/quickstart.py --augmented --out sheet.png")  # fmt: skip
     show.add_argument("config", help="path/to/config.py, or path/to/config.py:ARG")
     show.add_argument("overrides", nargs="*", metavar="key=value")
     show.add_argument("--augmented", action="store_true", help="as in training; default: as in evaluation")
-    show.add_argument("--n", type=int, default=24, help="number of images (default 24)")
+    show.add_argument("--n", type=_positive, default=24, help="number of images (default 24)")
     show.add_argument(
         "--out", default="contact_sheet.png", help="the PNG to write (default contact_sheet.png)"
     )
@@ -115,7 +132,7 @@ def _verb(verbs, name: str, run, text: str, example: str) -> argparse.ArgumentPa
 
 def _reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", default="latest", help='"latest" (default), "best", or a step')
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=_positive, default=64)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -180,6 +197,12 @@ def _data_show(args: argparse.Namespace) -> int:
     sheet.save(args.out)
     print(f"written: {args.out}")
     return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _checkpoint(text: str) -> str | int:
