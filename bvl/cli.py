@@ -207,3 +207,7 @@ def _positive(text: str) -> int:
 
 def _checkpoint(text: str) -> str | int:
     return int(text) if text.isdigit() else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

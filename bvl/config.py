@@ -31,6 +31,12 @@ from bvl.mesh import MeshConfig
 FORMAT_VERSION = 1
 
 
+def _at_least(options: Any, **minimum: int) -> None:
+    for name, least in minimum.items():
+        if getattr(options, name) < least:
+            raise ConfigError(f"{name}={getattr(options, name)}: must be at least {least}")
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation during training. `every`: steps between evaluations, 0 = only at the end."""
@@ -98,12 +104,6 @@ class Config:
         _at_least(self, steps=1, batch_size=1, seed=0)
         if not self.tasks:
             raise ConfigError("tasks is empty: name at least one, for example {'contrastive': Contrastive()}")
-
-
-def _at_least(options: Any, **minimum: int) -> None:
-    for name, least in minimum.items():
-        if getattr(options, name) < least:
-            raise ConfigError(f"{name}={getattr(options, name)}: must be at least {least}")
 
 
 # Keys in which a run may differ from the config its folder was started with.
