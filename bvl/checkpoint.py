@@ -6,9 +6,11 @@ Items of a checkpoint: `params`, `ema` (only where there is one), `rest` (optimi
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from bvl.errors import CheckpointError
+from bvl.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,12 @@ class Checkpoints:
         best_mode: str = "max",
         read_only: bool = False,
     ):
+        if keep < 1:
+            raise ConfigError(f"checkpoint.keep={keep}: must be at least 1, or nothing could be resumed")
         self.folder = folder.absolute()
+        self._saving: int | None = None
         preserve: list[Any] = [policies.LatestN(keep)]
+        value: Callable[[dict[str, float] | None], float] | None = None
         if best is not None:
             # The policy keeps the largest value.
             sign = 1.0 if best_mode == "max" else -1.0
@@ -44,22 +50,28 @@ class Checkpoints:
             def value(metrics: dict[str, float] | None) -> float:
                 return sign * metrics[best] if metrics and best in metrics else float("-inf")
 
-            preserve.append(policies.BestN(get_metric_fn=value, n=1))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(preserve),
-            step_prefix=None,
-            create=not read_only,
-            read_only=read_only,
-            # Left-overs of a killed save are never complete.
-            cleanup_tmp_directories=not read_only,
-        )
+            preserve.append(policies.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False))
         # Compression costs several times the save's own processor time and saves little on float32 weights.
         handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        with _quiet():
+            options = ocp.CheckpointManagerOptions(
+                # Without it orbax writes no metrics; what is kept is the policy's to say.
+                best_fn=value,
+                preservation_policy=policies.AnyPreservationPolicy(preserve),
+                step_prefix=None,
+                create=not read_only,
+                read_only=read_only,
+                # Left-overs of a killed save are never complete.
+                cleanup_tmp_directories=not read_only,
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        """Steps of the complete checkpoints on disk, ascending."""
+        # The manager's own list counts a save that failed, and leaves out what that save was to replace.
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and p.is_dir())
 
     def latest(self) -> int | None:
         steps = self.steps()
@@ -67,18 +79,22 @@ class Checkpoints:
 
     def save(self, step: int, items: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Start saving in the background; raises CheckpointError if this or the last save failed."""
+        # One save at a time is orbax's rule too; waiting here names the step that failed.
+        self.wait()
         args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+        self._saving = step
         try:
-            self._manager.save(step, args=ocp.args.Composite(**args), metrics=metrics, force=True)
+            with _quiet():
+                self._manager.save(step, args=ocp.args.Composite(**args), metrics=metrics, force=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._failed(step, error) from error
+            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Until the save under way is on disk; raises CheckpointError if it failed."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._failed(None, error) from error
+            raise self._failed(error) from error
 
     def restore(
         self, step: int, abstract: dict[str, Any], *, optional: dict[str, jax.sharding.Sharding] | None = None
@@ -86,7 +102,9 @@ class Checkpoints:
         """Items of a step, in the shapes and shardings of `abstract` (trees of ShapeDtypeStruct).
 
         optional: items taken as they are, with this sharding for all their arrays, where the step has them.
+        Raises CheckpointError, with the names of the first arrays that differ where it is the shapes.
         """
+        where = f"checkpoint {self.folder / str(step)}"
         try:
             abstract = dict(abstract)
             for name, sharding in (optional or {}).items():
@@ -94,12 +112,12 @@ class Checkpoints:
                     abstract[name] = jax.tree.map(
                         lambda a, s=sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree
                     )
+            check_same_shapes(abstract, {name: self.describe(step, name) for name in abstract}, where)
             return self._restore(step, abstract)
+        except CheckpointError:
+            raise
         except Exception as error:  # a damaged file surfaces as many types
-            raise CheckpointError(
-                f"checkpoint {self.folder / str(step)} cannot be read: {_short(error)}. If another one is good, "
-                f"move this folder away and run the command again"
-            ) from error
+            raise CheckpointError(f"{where} cannot be read: {_short(error)}") from error
 
     def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         args = {
@@ -123,7 +141,7 @@ class Checkpoints:
                 damaged.append((step, error))
                 continue
             for bad, error in damaged:
-                aside = self.folder.parent / "damaged" / str(bad)
+                aside = _unused(self.folder.parent / "damaged" / str(bad))
                 aside.parent.mkdir(exist_ok=True)
                 (self.folder / str(bad)).rename(aside)
                 logger.warning("%s; it was moved to %s and step %d is used", error, aside, step)
@@ -154,16 +172,58 @@ class Checkpoints:
         return json.loads(file.read_text()) if file.is_file() else {}
 
     def close(self) -> None:
+        """Wait for a save under way; that it failed is logged, so that no other error is hidden by it."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            logger.error("%s", error)
         self._manager.close()
 
-    def _failed(self, step: int | None, error: Exception) -> CheckpointError:
-        what = f"the checkpoint of step {step}" if step is not None else "the last checkpoint"
+    def _failed(self, error: Exception) -> CheckpointError:
         good = self.latest()
         return CheckpointError(
-            f"{what} could not be saved under {self.folder}: {_short(error)}. Free space or check the folder's "
+            f"the checkpoint of step {self._saving} could not be saved under {self.folder}: {_short(error)}. Free space or check the folder's "
             f"permissions, then run the same command again; it goes on from "
             f"{'step ' + str(good) if good is not None else 'the start, no checkpoint is complete yet'}"
         )
+
+
+def check_same_shapes(wanted: Any, found: Any, where: str) -> None:
+    """Raise CheckpointError naming the first arrays whose presence or shape differs."""
+    here, there = _shapes(wanted), _shapes(found)
+    different = [n for n in sorted(here.keys() | there.keys()) if here.get(n) != there.get(n)]
+    if different:
+        lines = [
+            f"  {n}: there {there.get(n, 'absent')}, here {here.get(n, 'absent')}" for n in different[:8]
+        ]
+        raise CheckpointError(
+            f"{where}: {len(different)} arrays differ from those of this config:\n" + "\n".join(lines)
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape by name. A tree that was read holds dicts where named tuples were saved, so key types do not count."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with the first of .1, .2 ... that does not exist."""
+    return next(
+        p for n in itertools.count() if not (p := path.with_name(path.name + f".{n}" * (n > 0))).exists()
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """orbax warns about options that are meant as they are (a read-only manager, a save without metrics)."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
 
 
 def _short(error: Exception) -> str:

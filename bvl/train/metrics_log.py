@@ -144,6 +144,8 @@ class ProgressLines:
 
 def set_up_logging() -> None:
     """Messages of bvl to standard error: coloured on a terminal, plain elsewhere."""
+    # What orbax logs as an error it raises as well, and then we report it.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     root = logging.getLogger("bvl")
     if root.handlers:
         return

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from bvl.checkpoint import Checkpoints
+from bvl.checkpoint import Checkpoints, check_same_shapes
 from bvl.config import Config
 from bvl.data.pipeline import Pipeline, label_names, training_texts
 from bvl.data.sources import RecordSet
@@ -178,22 +178,3 @@ def first_state(
     params = {**state.params, "model": jax.device_put(start_from.params["model"], shardings.params["model"])}
     ema = jax.tree.map(lambda x: x.copy(), params) if state.ema is not None else None
     return state.replace(params=params, ema=ema), {}
-
-
-def check_same_shapes(wanted: Any, found: Any, where: str) -> None:
-    """Raise CheckpointError naming the first parameters whose presence or shape differs."""
-    shapes = [
-        {jax.tree_util.keystr(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (wanted, found)
-    ]
-    different = [
-        n for n in sorted(shapes[0].keys() | shapes[1].keys()) if shapes[0].get(n) != shapes[1].get(n)
-    ]
-    if different:
-        lines = [
-            f"  {n}: there {shapes[1].get(n, 'absent')}, here {shapes[0].get(n, 'absent')}"
-            for n in different[:8]
-        ]
-        raise CheckpointError(
-            f"{where}: {len(different)} parameters differ from this config's model:\n" + "\n".join(lines)
-        )
