@@ -85,8 +85,8 @@ def test_masks_are_tinted_with_an_outline(tmp_path):
     mask = np.zeros((32, 64), np.uint8)
     mask[8:24, 16:32], mask[8:24, 32:48] = 1, 2
     boxes = [
-        {"box": [0.25, 0.25, 0.5, 0.75], "name": "cell"},
-        {"box": [0.5, 0.25, 0.75, 0.75], "name": "cell"},
+        {"box": [0.2, 0.1, 0.55, 0.9], "name": "cell"},
+        {"box": [0.45, 0.1, 0.8, 0.9], "name": "cell"},
     ]
     record = {"id": "a", "image": "a.png", "boxes": boxes, "mask": "mask.png"}
     shown = picture(contact_sheet(folder(tmp_path, [record], mask), count=1))
