@@ -175,7 +175,7 @@ def test_positive_prompts_alone_are_enough_for_an_area(components, records):
     ("options", "message"),
     [
         ({"prompts": {"Cat": ("a cat",), "Dog": ("a dog",)}}, r"'big_Dog' \(3 records\); there are Cat, Dog"),
-        ({"by": "organ"}, "the field 'organ'; fields that records have: .*labels"),
+        ({"by": "organ"}, "the field 'organ' .*; fields that records have: .*labels"),
         ({"by": "boxes"}, "boxes is a list; classes need a string"),
         ({"by": "organ", "multi_label": True}, "the field 'organ'"),
         ({"multi_label": True, "prompts": {"Fish": ("a fish",)}}, "Fish none has records with and without"),
@@ -343,6 +343,18 @@ def test_supervised_reads_the_trained_head(components, records):
     assert result.metrics["auroc_macro"] == pytest.approx(macro_auroc(scores, labels, valid).value)
     with pytest.raises(ConfigError, match="no task 'other'"):
         run(Supervised(source=ALL, task="other"), components)
+
+
+def test_supervised_leaves_out_classes_that_the_head_does_not_know(tmp_path):
+    records = labelled(6)
+    records[3]["labels"] = ["Fish"]
+    components = tiny_components(classes=("Cat", "big_Dog"))
+    result = run(
+        Supervised(source=Source(root=write_folder(tmp_path / "a", records), split=None)), components
+    )
+    assert result.provenance["left_out"] == {"with labels 'Fish', which is no class": 1}
+    assert result.metrics["num_images"] == 5
+    assert result.metrics["accuracy"] == np.mean([e["predicted"] == e["labels"] for e in result.per_example])
 
 
 def test_images_are_decoded_once_for_all_suites(components, monkeypatch):

@@ -33,12 +33,18 @@ class LabelTable:
 
 
 def label_table(
-    record_set: RecordSet, *, by: str, multi_label: bool, classes: Sequence[str] | None = None
+    record_set: RecordSet,
+    *,
+    by: str,
+    multi_label: bool,
+    classes: Sequence[str] | None = None,
+    skip_unknown: bool = False,
 ) -> LabelTable:
     """The labels of a record set by the field `by` ("labels", "modality" or any other).
 
     classes: the columns; None = all values that occur, sorted. A single-label record must have exactly one value,
-    and it must be one of the classes. Raises DataError where that is not so or no record has the field.
+    and it must be one of the classes; with `skip_unknown` records of other classes are left out and counted.
+    Raises DataError where that is not so or no record has the field.
     """
     candidates, left_out = with_images(record_set)
     indices, values = [], []
@@ -52,12 +58,16 @@ def label_table(
                 f"{describe(record_set)}, record {record_set.describe(i)['id']!r}: {by} is {names}, but with "
                 f"multi_label=False every record needs exactly one; set multi_label=True"
             )
+        if skip_unknown and not multi_label and names[0] not in classes:
+            left_out[f"with {by} {names[0]!r}, which is no class"] += 1
+            continue
         indices.append(i)
         values.append(names)
     if not indices:
+        reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
         raise DataError(
-            f"{describe(record_set)}: no record with an image has the field {by!r}; fields that records have: "
-            f"{fields_of(record_set)}"
+            f"{describe(record_set)}: no record with an image has the field {by!r} ({reasons}); fields that records "
+            f"have: {fields_of(record_set)}"
         )
     occurring = collections.Counter(name for names in values for name in names)
     columns = tuple(classes) if classes is not None else tuple(sorted(occurring))

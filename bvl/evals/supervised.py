@@ -16,7 +16,10 @@ from bvl.tasks.classify import predict
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Supervised(Suite):
-    """Metrics of a trained head on a source's labels. `task`: the name of the task in the config."""
+    """Metrics of a trained head on a source's labels. `task`: the name of the task in the config.
+
+    Images of a class that the head was not trained on cannot be right; they are left out and counted.
+    """
 
     source: Source
     task: str = "classify"
@@ -30,7 +33,9 @@ class Supervised(Suite):
         # Fails first for a run without this task.
         predict(components, [], self.task, batch_size=batch_size)
         multi_label = components.config.tasks[self.task].multi_label
-        table = label_table(record_set, by="labels", multi_label=multi_label, classes=components.classes)
+        table = label_table(
+            record_set, by="labels", multi_label=multi_label, classes=components.classes, skip_unknown=True
+        )
         kept, unreadable = [], []
 
         def readable():
