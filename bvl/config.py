@@ -285,9 +285,12 @@ def _unknown(key: str, name: str, known: list[str]) -> ConfigError:
 
 def _coerce_text(text: str, hint: Any, where: str) -> Any:
     """The value that `text` spells, where the annotation `hint` says what may stand there."""
+    value = _parse(text)
     try:
-        return _coerce(_parse(text), hint, where)
+        return _coerce(value, hint, where)
     except ConfigError as error:
+        if isinstance(value, dict | list | tuple):
+            raise
         # A folder named 2024 and the choice "none" are strings, though they also spell something else.
         try:
             return _coerce(text, hint, where)

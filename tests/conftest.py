@@ -1,0 +1,38 @@
+"""Options and fixtures of all tests."""
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SHARDED = TESTS / "sharded"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+
+
+def pytest_ignore_collect(collection_path, config):
+    # They need a process of their own with 8 devices, which test_sharded.py starts.
+    if collection_path == SHARDED:
+        asked = [Path(arg.partition("::")[0]).resolve() for arg in config.args]
+        if not any(path == SHARDED or SHARDED in path.parents for path in asked):
+            return True
+    return None
+
+
+@pytest.fixture
+def golden(request):
+    """Compare a text with tests/golden/<name>; `pytest --update-golden` writes it instead."""
+
+    def compare(name: str, text: str) -> None:
+        path = TESTS / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file(), f"{path} is missing: run pytest --update-golden and look at what it writes"
+        assert text == path.read_text(encoding="utf-8"), (
+            f"{path} differs; if the change is meant, run pytest --update-golden"
+        )
+
+    return compare

@@ -1,0 +1,135 @@
+"""The command line: help, wrong usage, errors, and the way from arguments to functions."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bvl import cli
+from bvl.errors import DataError
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+VERBS = [["train"], ["eval"], ["embed"], ["data"], ["data", "phantoms"], ["data", "show"]]
+
+
+def run(*words):
+    """Exit code of a command line, whether it returns or exits."""
+    try:
+        return cli.main(words)
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_all_verbs_are_listed_here():
+    subparsers = cli._parser()._subparsers._group_actions[0]
+    assert set(subparsers.choices) == {words[0] for words in VERBS}
+
+
+@pytest.mark.parametrize("words", [[], *VERBS], ids=" ".join)
+def test_help_ends_with_an_example(words, capsys):
+    assert run(*words, "--help") == 0
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert lines[-2] == "example:"
+    assert lines[-1].startswith("  " + " ".join(["bvl", *words]))
+    # The example is a command line that the parser takes.
+    cli._parse(lines[-1].split()[1:])
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        ([], "VERB"),
+        (["trian"], "trian"),
+        (["train"], "config"),
+        (["train", QUICKSTART, "--bogus"], "--bogus"),
+        (["train", QUICKSTART, "--dry-run", "steps"], "steps"),
+        (["eval", "runs/x"], "--data"),
+        (["eval", "runs/x", "--data", "x", "seed=3"], "seed=3"),
+        (["eval", "runs/x", "--data", "x", "--batch-size", "0"], "--batch-size"),
+        (["embed", "runs/x", "--out", "x.npz"], "IMAGES"),
+        (["data"], "WHAT"),
+        (["data", "phantoms", "out", "--n", "-3"], "--n"),
+        (["data", "phantoms", "out", "--n", "many"], "--n"),
+    ],
+)
+def test_wrong_usage(words, part, capsys):
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert "usage:" in error and part.lower() in error.lower()
+
+
+def test_overrides_may_stand_anywhere(capsys):
+    assert run("train", QUICKSTART, "steps=3", "--dry-run", "seed=7", "--force", "workdir=runs/a=b") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["steps"], printed["seed"], printed["workdir"]) == (3, 7, "runs/a=b")
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["train", "configs/none.py"], "no config file configs/none.py"),
+        (["train", QUICKSTART, "stepz=3"], "'steps'"),
+        (["train", QUICKSTART], "workdir=DIR"),
+        (["eval", "no_such_run", "--data", "no_such_folder"], "no_such_folder"),
+        (["embed", "no_such_run", "no_such_image.png", "--out", "x.npz"], "no_such_image.png"),
+    ],
+)
+def test_user_errors_have_no_traceback(words, part, capsys):
+    assert run(*words) == 1
+    error = capsys.readouterr().err
+    assert part in error and "Traceback" not in error
+    assert error.startswith(f"bvl {words[0]}: ")
+
+
+def test_embed_names_a_missing_run(tmp_path, capsys):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    assert run("embed", str(tmp_path / "run"), str(tmp_path / "a.png"), "--out", str(tmp_path / "x.npz")) == 1
+    assert str(tmp_path / "run") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (DataError("the folder is empty"), 1),
+        (FileNotFoundError(2, "No such file or directory", "missing/sheet.png"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(error, code, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(cli, "_data_show", fail)
+    assert run("data", "show", "x.py") == code
+    text = capsys.readouterr().err
+    assert text.startswith("bvl data: ") and "Traceback" not in text
+
+
+def test_own_mistakes_keep_their_traceback(monkeypatch):
+    def fail(args):
+        raise OSError("not about a path of the user's")
+
+    monkeypatch.setattr(cli, "_data_show", fail)
+    with pytest.raises(OSError):
+        cli.main(["data", "show", "x.py"])
+
+
+def test_data_phantoms_writes_a_folder(tmp_path, capsys):
+    out = tmp_path / "phantoms"
+    assert run("data", "phantoms", str(out), "--n", "3", "--size", "32") == 0
+    lines = (out / "records.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and (out / json.loads(lines[0])["image"]).is_file()
+    assert run("data", "phantoms", str(out), "--n", "3", "--size", "32") == 1
+    assert str(out) in capsys.readouterr().err
+
+
+def test_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "bvl.cli", "train", "none.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("bvl train: no config file none.py") and "Traceback" not in done.stderr
