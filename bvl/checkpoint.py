@@ -63,6 +63,8 @@ class Checkpoints:
                 read_only=read_only,
                 # Left-overs of a killed save are never complete.
                 cleanup_tmp_directories=not read_only,
+                # Else a save that fails at its start leaves threads behind that wait 20 minutes for folders.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             )
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
