@@ -28,7 +28,7 @@ from bvl.runs import Components, RunFolder, write_atomic
 LEVEL = 0.95
 BOOTSTRAP_SAMPLES = 1000
 
-Value = float | list[float]
+Value = int | float | list[float]
 # Encoded images that the suites of one evaluation share: (source, need) -> record index -> vector or error.
 Cache = dict[tuple[str, str], dict[int, Any]]
 

@@ -139,7 +139,7 @@ def single_label_metrics(
 ) -> Collector:
     """accuracy, balanced_accuracy and auroc_macro (one against the rest), each with its interval; recall/<class>."""
     out = Collector()
-    out.metrics["num_images"] = float(len(labels))
+    out.metrics["num_images"] = len(labels)
     truth, predicted = labels.argmax(1), probabilities.argmax(1)
     correct = (truth == predicted).astype(np.float64)
     options: dict[str, Any] = dict(num_samples=BOOTSTRAP_SAMPLES, level=LEVEL, unit=unit)
@@ -168,10 +168,10 @@ def multi_label_metrics(
 ) -> Collector:
     """auroc/<class> over the rows valid for it, and auroc_macro with its interval over the classes that have one."""
     out = Collector()
-    out.metrics["num_images"] = float(len(labels))
+    out.metrics["num_images"] = len(labels)
     options: dict[str, Any] = dict(num_samples=BOOTSTRAP_SAMPLES, level=LEVEL, unit=unit)
     per_class = _add_auroc_macro(out, scores, labels, valid, groups, options)
-    out.metrics["num_classes"] = float(np.isfinite(per_class).sum())
+    out.metrics["num_classes"] = int(np.isfinite(per_class).sum())
     for name, value in zip(classes, per_class, strict=True):
         out.add(f"auroc/{name}", float(value))
     return out

@@ -105,7 +105,7 @@ class LinearProbe(Suite):
         found, per_example = judge(
             record_set, test, kept["test"], scores, by=self.by, multi_label=self.multi_label
         )
-        found.metrics["num_train_images"] = float(len(x))
+        found.metrics["num_train_images"] = len(x)
         train_set = self.opened("train")
         return EvalResult(
             found.metrics,

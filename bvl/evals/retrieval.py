@@ -122,9 +122,9 @@ class Retrieval(Suite):
                 out.add(name, result.rates[name], interval)
                 out.add(f"{name}/chance", result.rates[f"{name}_chance"])
         out.metrics |= {
-            "num_images": float(len(kept)),
-            "num_texts": float(len(pairs)),
-            "num_distinct_texts": float(len(set(ids))),
+            "num_images": len(kept),
+            "num_texts": len(pairs),
+            "num_distinct_texts": len(set(ids)),
         }
         per_example = [
             {
