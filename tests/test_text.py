@@ -1,0 +1,229 @@
+"""Tokenizers and the choice of a record's text."""
+
+import collections
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bvl.data.text import PAD, START, TextChoice, Tokenizer, TokenizerConfig, text_id
+from bvl.errors import ConfigError, DataError
+
+TEXTS = [
+    "Small nodule in the left lung.",
+    "No nodule; the lungs are clear.",
+    "Heart size is normal, lungs clear.",
+    "Left-sided effusion of moderate size.",
+]
+# Many words of equal frequency: what is tied must still come out in one order.
+TIES = [f"finding{a}{b} near {b}{a}" for a in "abcdefgh" for b in "jklmnopq"]
+
+
+@pytest.fixture(scope="module", params=["wordpiece", "bpe"])
+def tokenizer(request):
+    return Tokenizer.train(TEXTS, TokenizerConfig(kind=request.param, vocab_size=400, context_length=16))
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_training_is_the_same_in_every_process(kind, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from bvl.data.text import *\n"
+        f"texts = {TEXTS + TIES!r}\n"
+        f"Tokenizer.train(texts, TokenizerConfig(kind={kind!r}, vocab_size=420)).save(Path(sys.argv[1]))"
+    )
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for i, file in enumerate(files[:2]):
+        environment = {"PYTHONHASHSEED": str(i + 1), "RAYON_NUM_THREADS": str(i + 1)}
+        subprocess.run([sys.executable, "-c", code, str(file)], env=environment, check=True)
+    trained = Tokenizer.train(TEXTS + TIES, TokenizerConfig(kind=kind, vocab_size=420))
+    trained.save(files[2])
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_encode_and_decode(tokenizer):
+    tokens, mask, truncated = tokenizer.encode(TEXTS[0])
+    used = int(mask.sum())
+    assert tokens.shape == mask.shape == (16,) and tokens.dtype == np.int32
+    assert tokens[0] == tokenizer.start_id and tokens[used - 1] == tokenizer.end_id
+    assert (tokens[used:] == tokenizer.pad_id).all() and mask[:used].all() and not truncated
+    assert tokenizer.decode(tokens).replace(" .", ".") == TEXTS[0].lower()
+    # What stands behind the end token is not read.
+    tokens[used:] = tokens[1]
+    assert tokenizer.decode(tokens).replace(" .", ".") == TEXTS[0].lower()
+
+
+def test_bpe_decodes_what_it_never_saw():
+    bpe = Tokenizer.train(TEXTS, TokenizerConfig(kind="bpe", vocab_size=300, lowercase=False))
+    text = "Ödem, 3 µm — 肺 CT: T1w/T2w"
+    assert bpe.decode(bpe.encode(text)[0]) == "Ödem, 3 μm — 肺 CT: T1w/T2w"  # NFKC makes the micro sign a mu
+
+
+def test_truncation_keeps_the_end_token_and_is_counted(tokenizer):
+    room = tokenizer.context_length - 2
+    word = "nodule "
+    texts = [word * n for n in (1, room, room + 1, 100)]
+    lengths = [len(tokenizer._model.encode(t, add_special_tokens=False).ids) for t in texts]
+    expected = [length > room for length in lengths]
+    assert expected[0] is False and expected[3] is True
+    encoded = [tokenizer.encode(t) for t in texts]
+    assert [truncated for _, _, truncated in encoded] == expected
+    assert tokenizer.count_truncated(texts) == sum(expected)
+    tokens, mask, _ = encoded[3]
+    assert mask.all() and tokens[-1] == tokenizer.end_id and tokens[0] == tokenizer.start_id
+
+
+def test_special_tokens_in_a_text_are_text(tokenizer):
+    tokens, mask, _ = tokenizer.encode(f"a {PAD} b [END] c {START}")
+    inside = tokens[1 : int(mask.sum()) - 1]
+    assert not {tokenizer.end_id, tokenizer.pad_id, tokenizer.start_id} & set(inside.tolist())
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json", 16)
+    assert again.hash == tokenizer.hash and again.vocab_size == tokenizer.vocab_size
+    for text in [*TEXTS, "unseen words [END]"]:
+        np.testing.assert_array_equal(again.encode(text)[0], tokenizer.encode(text)[0])
+    other = Tokenizer.train(TEXTS[:2], TokenizerConfig(vocab_size=400))
+    assert other.hash != tokenizer.hash
+
+
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "lung", "##s", "clear", "Lung", ",", "é"]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_vocab_txt(tmp_path, ending):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes((ending.join(VOCAB) + ending).encode())
+    uncased = Tokenizer.load(path, 8)
+    assert uncased.vocab_size == len(VOCAB)
+    tokens, mask, _ = uncased.encode("Lungs, clear stone")
+    assert [VOCAB[i] for i in tokens] == "[CLS] lung ##s , clear [UNK] [SEP] [PAD]".split()
+    assert mask.tolist() == [True] * 7 + [False]
+    cased = Tokenizer.load(path, 8, lowercase=False)
+    assert VOCAB[cased.encode("Lung")[0][1]] == "Lung"
+    assert cased.decode(cased.encode("Lungs clear")[0]) == "Lungs clear"
+
+
+def test_vocab_txt_with_a_separator_as_a_token(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*VOCAB, "\u2028", "last"]) + "\n", encoding="utf-8")
+    assert Tokenizer.load(path, 8).encode("last")[0][1] == len(VOCAB) + 1
+
+
+def test_a_repeated_token_leaves_a_gap_but_no_id_outside(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*VOCAB[:-1], "lung", "last"]) + "\n", encoding="utf-8")
+    tokenizer = Tokenizer.load(path, 8)
+    assert tokenizer.encode("last")[0][1] == 10 == tokenizer.vocab_size - 1
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("tokenizer.json", b"{}", "is not a tokenizer.json"),
+        ("tokenizer.json", b"\xff\xfe", "is not a tokenizer.json"),
+        ("vocab.txt", b"[PAD]\n[CLS]\n[SEP]\nlung\n", r"no token \[UNK\]"),
+        ("vocab.txt", b"[PAD]\n[UNK]\nlung\n", "no start token"),
+        ("vocab.txt", b"[PAD]\n[UNK]\nl\xfcng\n", "not UTF-8"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=match):
+        Tokenizer.load(tmp_path / name, 8)
+
+
+def test_nothing_to_train_on():
+    for kind in ("wordpiece", "bpe"):
+        with pytest.raises(DataError, match="empty"):
+            Tokenizer.train(["", "  "], TokenizerConfig(kind=kind, vocab_size=300))
+    with pytest.raises(DataError, match="no tokenizer file"):
+        Tokenizer.load("nowhere/tokenizer.json", 8)
+
+
+@pytest.mark.parametrize(
+    "options", [{"context_length": 2}, {"vocab_size": 4}, {"kind": "bpe", "vocab_size": 100}]
+)
+def test_bad_options(options):
+    with pytest.raises(ConfigError):
+        TokenizerConfig(**options)
+
+
+def test_text_ids_ignore_case_and_spacing():
+    assert text_id("Clear  lungs\n") == text_id("clear lungs") != text_id("clear lung")
+    assert 0 <= text_id("x") < 2**32
+
+
+# --- Which text of a record -------------------------------------------------------------------------------
+
+
+def draws(choice, record, n=4000):
+    rng = np.random.default_rng(0)
+    counts = collections.Counter(choice.pick(record, rng)[0] for _ in range(n))
+    return {text: count / n for text, count in counts.items()}
+
+
+def test_fields_with_probabilities():
+    choice = TextChoice.of({"caption": 0.5, "alt_text": 0.3, "findings": 0.2})
+    record = {"caption": "c", "alt_text": "a", "findings": "f"}
+    shares = draws(choice, record)
+    assert shares == pytest.approx({"c": 0.5, "a": 0.3, "f": 0.2}, abs=0.03)
+    # A missing or blank field gives its share to the others in proportion.
+    shares = draws(choice, {"caption": "c", "alt_text": "a", "findings": "  "})
+    assert shares == pytest.approx({"c": 0.625, "a": 0.375}, abs=0.03)
+    assert draws(choice, {"findings": "f", "caption": None}) == {"f": 1.0}
+    assert choice.pick({"other": "x"}, np.random.default_rng(0)) == []
+    assert choice.first(record) == "c" and choice.first({}) is None
+    assert choice.all(record) == ["c", "a", "f"]
+
+
+def test_alternatives_templates_and_class_prompts():
+    shares = draws(TextChoice.of("captions"), {"captions": ["a", "b", "", "c", "d"]})
+    assert shares == pytest.approx({"a": 0.25, "b": 0.25, "c": 0.25, "d": 0.25}, abs=0.03)
+    choice = TextChoice.of("labels", ["an image of {}", "{} with {braces}"])
+    assert choice.all({"labels": ["cyst", "mass {x}"]}) == [
+        "an image of cyst, mass {x}",
+        "cyst, mass {x} with {braces}",
+    ]
+    assert choice.all({"labels": []}) == choice.all({}) == []
+    assert TextChoice.of("labels").all({"labels": ["cyst"]}) == ["cyst"]
+    assert TextChoice.of("class_prompt").all({"class_prompt": "a hand X-ray"}) == ["a hand X-ray"]
+
+
+def test_fields_that_hold_no_text_are_absent():
+    for value in (43, {"a": "b"}, [1, 2], True):
+        assert TextChoice.of("age").all({"age": value}) == []
+
+
+def test_several_texts_an_image():
+    rng = np.random.default_rng(0)
+    choice = TextChoice.of({"caption": 0.9, "alt_text": 0.1})
+    record = {"caption": "c", "alt_text": "a"}
+    for _ in range(20):
+        assert sorted(choice.pick(record, rng, 2)) == ["a", "c"]
+        assert sorted(choice.pick(record, rng, 4)) == ["a", "a", "c", "c"]
+    assert choice.pick({"caption": "c"}, rng, 3) == ["c", "c", "c"]
+    many = {"caption": ["1", "2", "3"], "alt_text": "a"}
+    for _ in range(20):
+        assert sorted(TextChoice.of("caption").pick(many, rng, 3)) == ["1", "2", "3"]
+        four = choice.pick(many, rng, 4)
+        assert four.count("a") == 2 and len(set(four)) == 3
+
+
+def test_picks_depend_on_the_generator_alone():
+    choice = TextChoice.of({"caption": 0.5, "alt_text": 0.5})
+    record = {"caption": ["1", "2", "3"], "alt_text": "a"}
+    runs = [[choice.pick(record, np.random.default_rng(i), 2) for i in range(30)] for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert record["caption"] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "text, templates",
+    [({}, ()), ({"caption": 0.0}, ()), ({"caption": -1.0, "x": 1.0}, ()), ("labels", ("no place",))],
+)
+def test_bad_choices(text, templates):
+    with pytest.raises(ConfigError):
+        TextChoice.of(text, templates)
