@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -142,9 +143,15 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(config_lib.dump(config), end="")
         return 0
+    from bvl.evals.table import print_table
+    from bvl.runs import RunFolder
     from bvl.train.loop import train
 
-    return train(config, force=args.force)
+    code = train(config, force=args.force)
+    results = RunFolder(config.workdir).eval
+    if code == 0 and results.is_file():
+        print_table(json.loads(results.read_text()))
+    return code
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -193,7 +200,10 @@ def _data_show(args: argparse.Namespace) -> int:
     from bvl.data.show import contact_sheet
 
     config = load_config(args.config, args.overrides)
-    sheet = contact_sheet(config.data, seed=config.seed, count=args.n, augmented=args.augmented)
+    keys = {name: task.fields() for name, task in config.tasks.items()}
+    sheet = contact_sheet(
+        config.data, keys_of_tasks=keys, seed=config.seed, count=args.n, augmented=args.augmented
+    )
     sheet.save(args.out)
     print(f"written: {args.out}")
     return 0

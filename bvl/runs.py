@@ -182,7 +182,7 @@ class Components:
             digest = hashlib.sha256()
             for path, leaf in sorted(
                 (jax.tree_util.keystr(path), leaf)
-                for path, leaf in jax.tree_util.tree_leaves_with_path(self.params["model"])
+                for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)
             ):
                 digest.update(path.encode())
                 digest.update(np.ascontiguousarray(leaf).tobytes())

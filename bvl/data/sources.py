@@ -14,7 +14,7 @@ import numpy as np
 from bvl.data import records as records_lib
 from bvl.data.batch import Need, missing
 from bvl.data.images import load_mask, open_image
-from bvl.data.phantoms import FINDINGS, Phantoms, PhantomSource
+from bvl.data.phantoms import Phantoms, PhantomSource
 from bvl.data.text import TextChoice
 from bvl.errors import ConfigError, DataError
 
@@ -84,7 +84,9 @@ class RecordSet:
             self._phantoms = PhantomSource(source.phantoms)
             everything = np.arange(len(self._phantoms))
             self._index = everything if source.split is None else self._phantoms.indices(source.split)
-            self._records = [_with_known_labels(self._phantoms.describe(int(i))) for i in self._index]
+            described = (self._phantoms.describe(int(i)) for i in self._index)
+            # There is always an image to draw; its name stands for it until then.
+            self._records = [{**record, "image": record["id"]} for record in described]
         elif source.root is not None:
             folder = records_lib.read_records(
                 source.root, image_column=source.image_column, text_column=source.text_column
@@ -127,8 +129,10 @@ class RecordSet:
         return [records_lib.group_of(r) for r in self._records]
 
     def group_unit(self) -> str:
-        """What an interval is resampled by: "patient" where records have groups, else "image"."""
-        return "patient" if records_lib.has_groups(self._records) else "image"
+        """What an interval is resampled by: "patient", "group" where only groups are named, else "image"."""
+        if any(record.get("patient_id") for record in self._records):
+            return "patient"
+        return "group" if records_lib.has_groups(self._records) else "image"
 
     def split_hash(self) -> str:
         """Hash of the ids of the records, in order."""
@@ -156,8 +160,3 @@ class RecordSet:
 
     def _fields(self) -> list[str]:
         return sorted({k for r in self._records[:1000] for k, v in r.items() if v is not None})
-
-
-def _with_known_labels(record: dict[str, Any]) -> dict[str, Any]:
-    """A phantom is judged on the findings of its modality, and it always has an image to draw."""
-    return {**record, "image": record["id"], "labels_known": list(FINDINGS[record["modality"]])}

@@ -23,7 +23,15 @@ from bvl.train.bad_records import BadRecords
 from bvl.train.environment import describe_environment, enable_compilation_cache, keep_freed_memory
 from bvl.train.metrics_log import MetricsLog, ProgressLines, Stopwatch
 from bvl.train.optim import make_optimizer, make_schedule
-from bvl.train.setup import Data, checkpoint_items, first_state, load_frozen, place_suites, prepare_data
+from bvl.train.setup import (
+    Data,
+    check_suites,
+    checkpoint_items,
+    first_state,
+    load_frozen,
+    place_suites,
+    prepare_data,
+)
 from bvl.train.step import Program, TrainState, make_train_step
 from bvl.train.survive import stop_on_signals
 
@@ -57,8 +65,7 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     for line in data.pipeline.summary():
         logger.info(line)
     suites = place_suites(config)
-    for suite in suites.values():
-        suite.check()
+    check_suites(config, suites)
     write_atomic(run.env, json.dumps(describe_environment(data.licences), indent=2) + "\n")
 
     frozen = load_frozen(config, data.tokenizer)

@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import optax
 
 from bvl.errors import ConfigError
+from bvl.mesh import unbox
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,12 @@ class OptimConfig:
             raise ConfigError(f"lr={self.lr}: must be above 0")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay={self.ema_decay}: must lie in [0, 1)")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps={self.warmup_steps}: must be 0 or more")
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay={self.weight_decay}: must be 0 or more")
+        if not 0 <= self.final_fraction <= 1:
+            raise ConfigError(f"final_fraction={self.final_fraction}: must lie in [0, 1]")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ConfigError(f"clip_norm={self.clip_norm}: must be above 0, or null for no clipping")
         for pattern in (*self.no_decay, *self.freeze, *self.lr_multipliers):
@@ -117,17 +125,15 @@ def make_optimizer(config: OptimConfig, steps: int, params: Any) -> optax.Gradie
     transforms = []
     if config.clip_norm is not None:
         transforms.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.weight_decay:
-        if {"weight_decay", "mask"} <= takes.keys():
-            options |= {"weight_decay": config.weight_decay, "mask": by_name(decays)}
-        elif "weight_decay_mask" in takes:
-            options |= {"weight_decay_mask": by_name(decays)}
-            options["weight_decay_rate" if "weight_decay_rate" in takes else "weight_decay"] = (
-                config.weight_decay
-            )
-        else:
-            # Added to the gradient, which for SGD is the same as decoupled decay.
-            transforms.append(optax.add_decayed_weights(config.weight_decay, mask=by_name(decays)))
+    # Given also where it is 0: optax's own default is another, and without a mask.
+    if {"weight_decay", "mask"} <= takes.keys():
+        options |= {"weight_decay": config.weight_decay, "mask": by_name(decays)}
+    elif "weight_decay_mask" in takes:
+        key = "weight_decay_rate" if "weight_decay_rate" in takes else "weight_decay"
+        options |= {"weight_decay_mask": by_name(decays), key: config.weight_decay or None}
+    elif config.weight_decay:
+        # Added to the gradient, which for SGD is the same as decoupled decay.
+        transforms.append(optax.add_decayed_weights(config.weight_decay, mask=by_name(decays)))
     unknown = [name for name in options if name not in takes]
     if unknown:
         raise ConfigError(
@@ -146,6 +152,20 @@ def make_optimizer(config: OptimConfig, steps: int, params: Any) -> optax.Gradie
         lambda name, _: "frozen" if any(re.search(p, name) for p in config.freeze) else "trained"
     )
     return optax.multi_transform({"trained": transform, "frozen": optax.set_to_zero()}, labels)
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """The optimiser's state for boxed parameters; an array in it is boxed where it has its parameter's axes.
+
+    Of a frozen parameter the box holds nothing, and Adafactor's row and column means lack an axis.
+    """
+
+    def keep(box: Any) -> Any:
+        fits = isinstance(box, nn.Partitioned) and getattr(box.value, "ndim", None) == len(box.names)
+        return box if fits else unbox(box)
+
+    state = optimizer.init(params)
+    return jax.tree.map(keep, state, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def _scale_by_name(factors: Callable[[Any], Any]) -> optax.GradientTransformation:

@@ -102,6 +102,17 @@ def place_suites(config: Config) -> dict[str, Any]:
     return placed
 
 
+def check_suites(config: Config, suites: dict[str, Any]) -> None:
+    """Fail now, not after hours, for what an evaluation could not use."""
+    for name, suite in suites.items():
+        task = getattr(suite, "task", None)
+        if task is not None and task not in config.tasks:
+            raise ConfigError(
+                f"eval.suites.{name} reads the task {task!r}; tasks are {', '.join(config.tasks)}"
+            )
+        suite.check()
+
+
 def load_frozen(config: Config, tokenizer: Tokenizer) -> dict[str, Components]:
     """The models of the config's `frozen`; raises ConfigError where one reads another vocabulary than this run."""
     frozen = {name: load_components(spec) for name, spec in config.frozen.items()}

@@ -19,6 +19,7 @@ from bvl.errors import ConfigError
 from bvl.mesh import batch_sharding, replicated
 from bvl.models.vlm import DualEncoder, normalize_image
 from bvl.tasks.base import Context, Features, ModelInfo, Task
+from bvl.train.optim import init_optimizer
 
 
 @flax.struct.dataclass
@@ -68,7 +69,7 @@ class Program:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init(params),
+            opt_state=init_optimizer(optimizer, params),
             # A copy: donated buffers may not be shared.
             ema=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
             extra={name: task.init_extra(self.info) for name, task in self.tasks.items()},

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from bvl.data.phantoms.canvas import footprint, to_uint8
-from bvl.data.phantoms.catalogue import MODALITIES
+from bvl.data.phantoms.catalogue import FINDINGS, MODALITIES
 from bvl.data.phantoms.plan import MAX_VISITS, PAINTERS, generator, mix, plan_scene
 from bvl.data.phantoms.scene import Scene
 from bvl.data.phantoms.text import write_caption, write_report
@@ -206,6 +206,7 @@ class PhantomSource:
             "findings": findings,
             "impression": impression,
             "labels": [name for name, value in presence.items() if value != "absent"],
+            "labels_known": list(FINDINGS[scene.modality]),
             "uncertain_labels": [name for name, value in presence.items() if value == "uncertain"],
             "boxes": boxes,
             "mask": mask,
