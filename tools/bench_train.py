@@ -1,0 +1,195 @@
+"""Seconds a training step of bvl and of open_clip, side by side: the same shapes, batch, optimiser and machine.
+
+    python tools/bench_train.py --peer-python path/to/peer/bin/python --peer-script path/to/bench_open_clip.py \\
+        --model ViT-B-32 --batch 16 --steps 5 --rounds 3
+
+A quick look at a small model: `--model ViT-S-32 --batch 4 --steps 2 --rounds 1`. bvl alone, as one JSON line:
+
+    python tools/bench_train.py --worker --model ViT-B-32 --batch 16 --steps 5
+
+The sides take turns, each round in a fresh process, so that a change in the machine's load meets both. A step is
+the encoders forward and backward, the softmax contrastive loss and the AdamW update (learning rate 1e-4, weight
+decay 0.1, no clipping), in float32; for bvl it is the very step of `bvl train`, which also normalises the uint8
+images and takes the gradient's norm. Neither side reads data. One step (and bvl's compilation) comes before the
+timed ones.
+
+The peer's script is called with MODEL BATCH STEPS by a Python that has torch and open_clip; its last line of output
+must be JSON with `all_s` (seconds of every step), `params` and `threads`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+VOCAB_SIZE, CONTEXT_LENGTH, IMAGE_SIZE = 49408, 77, 224
+
+# open_clip's name: image tower, then text tower and the width they share, as in open_clip's model of that name.
+MODELS: dict[str, dict[str, Any]] = {
+    "ViT-B-32": dict(image="B/32", text=dict(width=512, depth=12, num_heads=8), embed_dim=512),
+    "ViT-B-16": dict(image="B/16", text=dict(width=512, depth=12, num_heads=8), embed_dim=512),
+    "ViT-S-32": dict(image="S/32", text=dict(width=384, depth=12, num_heads=6), embed_dim=384),
+}
+
+
+def measure_bvl(name: str, batch_size: int, steps: int) -> dict[str, Any]:
+    """Times of bvl's training step in this process, in the keys of the peer's line."""
+    import jax
+    import numpy as np
+
+    from bvl.data.transforms import Preprocess
+    from bvl.mesh import init_sharded, make_mesh, to_global, unbox
+    from bvl.models.text import TextConfig
+    from bvl.models.vit import ViTConfig
+    from bvl.models.vlm import DualEncoder, DualEncoderConfig
+    from bvl.tasks.base import ModelInfo
+    from bvl.tasks.contrastive import Contrastive
+    from bvl.train.environment import enable_compilation_cache, keep_freed_memory
+    from bvl.train.optim import OptimConfig, make_optimizer
+    from bvl.train.step import Program, make_train_step
+
+    # Both as `bvl train` does, before anything is computed.
+    keep_freed_memory()
+    enable_compilation_cache()
+    shape = MODELS[name]
+    config = DualEncoderConfig(
+        image=ViTConfig(shape["image"], pool="cls", pre_norm=True),
+        text=TextConfig(**shape["text"]),
+        embed_dim=shape["embed_dim"],
+    )
+    mesh = make_mesh()
+    end_id = VOCAB_SIZE - 1
+    program = Program(
+        model=DualEncoder(config, (IMAGE_SIZE, IMAGE_SIZE), VOCAB_SIZE, CONTEXT_LENGTH, end_id),
+        preprocess=Preprocess(image_size=IMAGE_SIZE),
+        tasks={"contrastive": Contrastive(targets="diagonal")},
+        info=ModelInfo(config.image.sizes[0], config.text.width, config.embed_dim, ()),
+        mesh=mesh,
+        seed=0,
+        ema_decay=0.0,
+        frozen={},
+    )
+    optim = OptimConfig(lr=1e-4, weight_decay=0.1, schedule="constant", warmup_steps=0, clip_norm=None)
+    key = jax.random.key(0)
+    optimizer = make_optimizer(optim, steps + 1, unbox(jax.eval_shape(program.init_params, key)))
+    state, shardings = init_sharded(functools.partial(program.init_state, optimizer=optimizer), mesh, key)
+    step = make_train_step(program, optimizer, shardings)
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, end_id - 1, (batch_size, 1, CONTEXT_LENGTH), np.int32)
+    tokens[:, :, -1] = end_id
+    batch = to_global(
+        {
+            "image": rng.integers(0, 256, (batch_size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
+            "image_valid": np.ones(batch_size, bool),
+            "text": tokens,
+            "text_mask": np.ones(tokens.shape, bool),
+            "text_valid": np.ones((batch_size, 1), bool),
+        },
+        mesh,
+    )
+    seconds = []
+    for _ in range(1 + steps):
+        start = time.perf_counter()
+        state, metrics = step(state, {}, batch)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - start)
+    loss = float(metrics["step"]["loss"][0])
+    if not np.isfinite(loss):
+        raise SystemExit(f"the loss after {1 + steps} steps is {loss}: these times mean nothing")
+    return {
+        "model": name,
+        "batch": batch_size,
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "params": sum(x.size for x in jax.tree.leaves(state.params)),
+        "device": jax.devices()[0].device_kind,
+        "first_step_s": seconds[0],
+        "median_s": statistics.median(seconds[1:]),
+        "all_s": sorted(seconds[1:]),
+    }
+
+
+def run_json(command: list[str]) -> dict[str, Any]:
+    """The last line that a command prints, as JSON; stops with its output where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        raise SystemExit(f"{' '.join(command)}\nended with code {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(lines[-1])
+
+
+def table(rounds: dict[str, list[dict[str, Any]]]) -> str:
+    """A markdown table over all rounds; the first side named is what the others are compared with."""
+    seconds = {side: [s for r in results for s in r["all_s"]] for side, results in rounds.items()}
+    medians = {side: statistics.median(s) for side, s in seconds.items()}
+    base = next(iter(medians))
+    lines = [
+        f"| | median s/step | min s/step | steps | medians of rounds | parameters | time / {base} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for side, results in rounds.items():
+        by_round = " ".join(f"{statistics.median(r['all_s']):.3f}" for r in results)
+        lines.append(
+            f"| {side} | {medians[side]:.3f} | {min(seconds[side]):.3f} | {len(seconds[side])} | {by_round} "
+            f"| {results[0]['params']:,} | {medians[side] / medians[base]:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def load_average() -> str:
+    return "/".join(f"{x:.1f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, default="ViT-B-32")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python with torch and open_clip")
+    parser.add_argument("--peer-script", type=Path, help="the peer's side; without it bvl runs alone")
+    parser.add_argument(
+        "--host", action=argparse.BooleanOptionalAction, default=True, help="print cores, threads and load"
+    )
+    parser.add_argument("--worker", action="store_true", help="measure bvl here and print one JSON line")
+    args = parser.parse_args()
+    if args.batch < 1 or args.steps < 1 or args.rounds < 1:
+        parser.error("--batch, --steps and --rounds must be at least 1")
+    if args.worker:
+        print(json.dumps(measure_bvl(args.model, args.batch, args.steps)))
+        return
+
+    numbers = [args.model, str(args.batch), str(args.steps)]
+    options = [x for pair in zip(("--model", "--batch", "--steps"), numbers, strict=True) for x in pair]
+    commands = {"bvl": [sys.executable, str(Path(__file__).resolve()), "--worker", *options]}
+    if args.peer_script is not None:
+        commands = {"open_clip": [args.peer_python, str(args.peer_script), *numbers], **commands}
+    before = load_average()
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in commands}
+    for number in range(args.rounds):
+        for side, command in commands.items():
+            result = run_json(command)
+            rounds[side].append(result)
+            median = statistics.median(result["all_s"])
+            print(f"round {number + 1}: {side} {median:.3f} s/step", file=sys.stderr, flush=True)
+    print(f"{args.model}, batch {args.batch}, float32\n\n{table(rounds)}")
+    if args.host:
+        threads = ", ".join(f"{side} {results[0]['threads']}" for side, results in rounds.items())
+        print(
+            f"\nhost: {os.cpu_count()} cores; threads: {threads}; device: {rounds['bvl'][0]['device']}; "
+            f"load average (1/5/15 min) before {before}, after {load_average()}"
+        )
+
+
+if __name__ == "__main__":
+    main()
