@@ -13,7 +13,16 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from bvl.errors import ConfigError
-from bvl.models.layers import AttentionPool, Dense, LayerNorm, RematPolicy, Stack, normal_init, zeros_init
+from bvl.models.layers import (
+    AttentionPool,
+    Dense,
+    LayerNorm,
+    RematPolicy,
+    Stack,
+    gelu,
+    normal_init,
+    zeros_init,
+)
 
 # name: (width, depth, num_heads, mlp_hidden). Ti to g: Zhai et al. 2022 (arXiv:2106.04560), table 2;
 # So400m: Alabdulmohsin et al. 2023 (arXiv:2305.13035). XXS and XS are ours, for laptops.
@@ -33,9 +42,14 @@ VARIANTS: dict[str, tuple[int, int, int, int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """`variant` is NAME/PATCH, for example "B/16"; width, depth and heads override the table."""
+    """`variant` is NAME/PATCH, for example "B/16"; width, depth and heads override the table.
+
+    stem: "patch" embeds each patch by one linear map; "conv" by small strided convolutions, which learn from far
+    fewer images (the patch size must then be a power of two).
+    """
 
     variant: str = "S/16"
+    stem: Literal["patch", "conv"] = "patch"
     pool: Literal["cls", "mean", "map"] = "map"
     width: int | None = None
     depth: int | None = None
@@ -49,13 +63,18 @@ class ViTConfig:
     def __post_init__(self):
         name, _, patch = self.variant.partition("/")
         if name not in VARIANTS or not patch.isdigit() or int(patch) < 1:
-            near = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.0)[0]
+            near = {known.lower(): known for known in VARIANTS}
+            near = near[difflib.get_close_matches(name.lower(), near, n=1, cutoff=0.0)[0]]
             raise ConfigError(
                 f"image variant {self.variant!r}: write NAME/PATCH with a name of {', '.join(VARIANTS)}; "
                 f"nearest is '{near}/{patch if patch.isdigit() else 16}'"
             )
         if min(self.sizes) < 1:
             raise ConfigError(f"image width, depth, num_heads, mlp_hidden {self.sizes}: must be at least 1")
+        if self.stem == "conv" and int(patch) & (int(patch) - 1):
+            raise ConfigError(
+                f"image variant {self.variant!r}: stem='conv' halves the size step by step, so the patch size must be a power of two"
+            )
         if self.sizes[0] % self.sizes[2]:
             raise ConfigError(f"image width {self.sizes[0]} is not divisible by num_heads {self.sizes[2]}")
 
@@ -84,6 +103,36 @@ def resize_positions(
     return rearrange(grid, "h w d -> (h w) d")
 
 
+class ConvStem(nn.Module):
+    """3x3 convolutions of stride 2 down to the patch grid, then a linear map (Xiao et al. 2021, arXiv:2106.14881).
+
+    Each is followed by a layer norm over channels, which unlike batch norm does not tie the rows of a batch.
+    """
+
+    width: int
+    patch_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b l d"]:
+        num_layers = self.patch_size.bit_length() - 1
+        x = image
+        for i in range(num_layers):
+            features = max(self.width >> (num_layers - 1 - i), 8)
+            x = Dense(features, names=(None, "patch"), dtype=self.dtype, name=f"conv_{i}")(_patches_3x3(x))
+            x = gelu(LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x))
+        x = rearrange(x, "b h w c -> b (h w) c")
+        return Dense(self.width, names=("patch", "embed"), dtype=self.dtype, name="out")(x)
+
+
+def _patches_3x3(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 9*c"]:
+    """The 3x3 neighbourhoods at stride 2: a convolution becomes one matrix product, on CPU several times faster."""
+    height, width = x.shape[1] // 2, x.shape[2] // 2
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    views = [x[:, i : i + 2 * height : 2, j : j + 2 * width : 2] for i in range(3) for j in range(3)]
+    return jnp.concatenate(views, axis=-1)
+
+
 class ViT(nn.Module):
     """Returns (pooled [b, d], tokens [b, l, d], grid). `image_size` is the size the positions are made for."""
 
@@ -105,9 +154,12 @@ class ViT(nn.Module):
         trained = (self.image_size[0] // p, self.image_size[1] // p)
         grid = (image.shape[1] // p, image.shape[2] // p)
 
-        # A strided convolution written as one matrix product, which is faster on CPU and equal elsewhere.
-        patches = rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
-        x = Dense(width, names=("patch", "embed"), dtype=self.dtype, name="patch_embed")(patches)
+        if config.stem == "conv":
+            x = ConvStem(width, p, dtype=self.dtype, name="stem")(image)
+        else:
+            # A strided convolution written as one matrix product, which is faster on CPU and equal elsewhere.
+            patches = rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+            x = Dense(width, names=("patch", "embed"), dtype=self.dtype, name="patch_embed")(patches)
         positions = self.param(
             "positions", normal_init(0.02, "position", "embed"), (trained[0] * trained[1], width)
         )
