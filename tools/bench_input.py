@@ -8,9 +8,10 @@ uint8 batches of 64. Without `--images`, 512 colour JPEGs of 384 x 384 px (quali
 
 bvl is its training pipeline (`bvl.data.pipeline.Pipeline`) with its default threads and prefetch; the peer is a
 Dataset that does the same with PIL under a DataLoader with one worker process a core. The sides take turns, each
-round in a fresh process that may use `--cores` cores. The clock runs from batch `--warmup` to batch `--warmup` +
-`--batches`, with the pipeline kept busy beyond it, so neither start-up nor full buffers count. The peer's Python
-needs torch, numpy and pillow.
+round in a fresh process that may use `--cores` cores (where the system can pin it). The clock runs from batch
+`--warmup` to batch `--warmup` + `--batches`, with the pipeline kept busy beyond it, so neither start-up nor full
+buffers count. CPU time an image counts worker processes too, and says more than the rate where other programs run.
+The peer's Python needs torch, numpy and pillow.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import random
 import statistics
@@ -127,6 +129,18 @@ def torch_batches(files: list[str], batch_size: int, batches: int, cores: int) -
         yield batch.numpy()
 
 
+def cpu_seconds() -> float:
+    """Processor time of this process and of its live worker processes (theirs on Linux only)."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        stat = Path(f"/proc/{child.pid}/stat")
+        if stat.exists():
+            # Fields 14 and 15 of proc(5), counted behind the name, which may hold spaces.
+            user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+            total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
 def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
     """Images a second of one side, in this process."""
     if hasattr(os, "sched_setaffinity"):
@@ -138,17 +152,18 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
         stream = bvl_batches(files, args.batch, batches, data)
     else:
         stream = torch_batches(files, args.batch, batches, args.cores)
-    times, mean = [], 0.0
+    started, cpu, mean = 0.0, 0.0, 0.0
     for i, image in enumerate(stream):
         if image.shape != (args.batch, SIZE, SIZE, 3) or image.dtype != "uint8":
             raise SystemExit(f"{side} gave {image.dtype}{image.shape}")
-        times.append(time.perf_counter())
         if i == args.warmup:
             mean = float(image.mean())
+            started, cpu = time.perf_counter(), cpu_seconds()
         if i == args.warmup + args.batches:
             break
-    seconds = times[-1] - times[args.warmup]
-    return {"images_per_s": args.batches * args.batch / seconds, "mean_pixel": mean}
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
+    count = args.batches * args.batch
+    return {"images_per_s": count / seconds, "cpu_ms_per_image": 1000 * cpu / count, "mean_pixel": mean}
 
 
 def image_files(folder: Path) -> list[str]:
@@ -196,29 +211,43 @@ def main() -> None:
             if (value := getattr(args, name)) is not None
         ]
         load = os.getloadavg()[0]
-        rounds: dict[str, list[float]] = {side: [] for side in python if python[side]}
+        rounds: dict[str, list[dict[str, float]]] = {side: [] for side in python if python[side]}
         for number in range(args.rounds):
             for side in rounds:
                 result = run_json([python[side], str(Path(__file__).resolve()), "--worker", side, *options])
-                rounds[side].append(result["images_per_s"])
+                rounds[side].append(result)
                 print(
                     f"round {number + 1}: {side} {result['images_per_s']:.1f} images/s "
                     f"(mean pixel {result['mean_pixel']:.1f})",
                     file=sys.stderr,
                     flush=True,
                 )
-    base = next(iter(rounds))
     print(f"{len(sizes)} JPEGs of {statistics.mean(sizes) / 1024:.0f} KiB, batch {args.batch}\n")
-    print(f"| | median images/s | max | rounds | ratio to {base} |\n|---|---|---|---|---|")
-    for side, rates in rounds.items():
-        median = statistics.median(rates)
-        print(
-            f"| {side} | {median:.1f} | {max(rates):.1f} | {' '.join(f'{r:.1f}' for r in rates)} "
-            f"| {median / statistics.median(rounds[base]):.3f} |"
-        )
+    print(table(rounds))
     print(
-        f"\nhost: {os.cpu_count()} cores, {args.cores} used; load average before {load:.1f}, after {os.getloadavg()[0]:.1f}"
+        f"\nhost: {os.cpu_count()} cores, {args.cores} used; load average before {load:.1f}, "
+        f"after {os.getloadavg()[0]:.1f}"
     )
+
+
+def table(rounds: dict[str, list[dict[str, float]]]) -> str:
+    """A markdown table over all rounds; the first side named is what the others are compared with."""
+    base = next(iter(rounds))
+    lines = [
+        f"| | median images/s | max | by round | CPU ms/image | images/s / {base} |",
+        "|---|---|---|---|---|---|",
+    ]
+    rates = {side: [r["images_per_s"] for r in results] for side, results in rounds.items()}
+    for side, results in rounds.items():
+        median, cpu = (
+            statistics.median(rates[side]),
+            statistics.median(r["cpu_ms_per_image"] for r in results),
+        )
+        lines.append(
+            f"| {side} | {median:.1f} | {max(rates[side]):.1f} | {' '.join(f'{r:.1f}' for r in rates[side])} "
+            f"| {cpu:.2f} | {median / statistics.median(rates[base]):.3f} |"
+        )
+    return "\n".join(lines)
 
 
 def run_json(command: list[str]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ The sides take turns, each round in a fresh process, so that a change in the mac
 the encoders forward and backward, the softmax contrastive loss and the AdamW update (learning rate 1e-4, weight
 decay 0.1, no clipping), in float32; for bvl it is the very step of `bvl train`, which also normalises the uint8
 images and takes the gradient's norm. Neither side reads data. One step (and bvl's compilation) comes before the
-timed ones.
+timed ones. Measure on an idle machine: where other programs compete for the cores, torch's spinning threads lose far
+more than bvl, and the ratio means nothing.
 
 The peer's script is called with MODEL BATCH STEPS by a Python that has torch and open_clip; its last line of output
 must be JSON with `all_s` (seconds of every step), `params` and `threads`.
@@ -175,6 +176,8 @@ def main() -> None:
     if args.peer_script is not None:
         commands = {"open_clip": [args.peer_python, str(args.peer_script), *numbers], **commands}
     before = load_average()
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
+        print(f"warning: the load average is {before}; other programs distort the ratio", file=sys.stderr)
     rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in commands}
     for number in range(args.rounds):
         for side, command in commands.items():
