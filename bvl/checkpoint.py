@@ -26,7 +26,11 @@ ITEMS = ("params", "ema", "rest", "sums")
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder.
+
+    tokenizer: hash of the tokenizer whose ids the parameters mean. It is saved with them, and a checkpoint that
+    was saved with another is an error.
+    """
 
     def __init__(
         self,
@@ -36,10 +40,12 @@ class Checkpoints:
         best: str | None = None,
         best_mode: str = "max",
         read_only: bool = False,
+        tokenizer: str | None = None,
     ):
         if keep < 1:
             raise ConfigError(f"checkpoint.keep={keep}: must be at least 1, or nothing could be resumed")
         self.folder = folder.absolute()
+        self._tokenizer = tokenizer
         self._saving: int | None = None
         preserve: list[Any] = [policies.LatestN(keep)]
         value: Callable[[dict[str, float] | None], float] | None = None
@@ -87,7 +93,13 @@ class Checkpoints:
         self._saving = step
         try:
             with _quiet():
-                self._manager.save(step, args=ocp.args.Composite(**args), metrics=metrics, force=True)
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(**args),
+                    metrics=metrics,
+                    custom_metadata={"tokenizer": self._tokenizer},
+                    force=True,
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(error) from error
 
@@ -108,6 +120,7 @@ class Checkpoints:
         """
         where = f"checkpoint {self.folder / str(step)}"
         try:
+            self._check_tokenizer(step, where)
             abstract = dict(abstract)
             for name, sharding in (optional or {}).items():
                 if (tree := self.describe(step, name)) is not None:
@@ -120,6 +133,15 @@ class Checkpoints:
             raise
         except Exception as error:  # a damaged file surfaces as many types
             raise CheckpointError(f"{where} cannot be read: {_short(error)}") from error
+
+    def _check_tokenizer(self, step: int, where: str) -> None:
+        file = self.folder / str(step) / "_CHECKPOINT_METADATA"
+        saved = (json.loads(file.read_text()).get("custom_metadata") or {}).get("tokenizer")
+        if None not in (saved, self._tokenizer) and saved != self._tokenizer:
+            raise CheckpointError(
+                f"{where} was made with another tokenizer: token ids mean other words; use the tokenizer.json "
+                f"that was saved with it"
+            )
 
     def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         args = {

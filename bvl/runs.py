@@ -80,7 +80,11 @@ class RunFolder:
         if self.config.is_file():
             old = json.loads(self.config.read_text())
             lines = config_lib.difference(old, config_lib.to_dict(config))
-            if lines and not force:
+            if lines and not self.checkpoints.exists():
+                # The first attempt failed before its first step; what it derived from its data goes with it.
+                self.tokenizer.unlink(missing_ok=True)
+                self.classes.unlink(missing_ok=True)
+            elif lines and not force:
                 raise RunFolderError(
                     f"workdir {self.path} belongs to another config:\n  "
                     + "\n  ".join(lines)
@@ -234,7 +238,7 @@ def load_components(
     classes = tuple(json.loads(run.classes.read_text())) if run.classes.is_file() else ()
     if not run.checkpoints.is_dir():
         raise CheckpointError(f"{run.path} has no checkpoint yet")
-    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    checkpoints = Checkpoints(run.checkpoints, read_only=True, tokenizer=tokenizer.hash)
     try:
         step = _choose(checkpoints, checkpoint, config, run.path)
         item = "ema" if use_ema and checkpoints.describe(step, "ema") is not None else "params"

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from bvl.checkpoint import Checkpoints
 from bvl.config import CheckpointConfig, Config, LogConfig
@@ -47,6 +48,22 @@ def tiny_config(workdir: Path | str | None = None, **changes: Any) -> Config:
         workdir=None if workdir is None else str(workdir),
     )
     return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def fast_compilation(tmp_path_factory):
+    """Compile with few optimisations, and equal programs once; tiny models gain nothing from more."""
+    values = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    old = {name: jax.config.values[name] for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
 
 
 def saved_items(run: Path, step: int | None = None) -> dict[str, Any]:

@@ -88,10 +88,14 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     shardings = shardings_of(jax.eval_shape(init, key), mesh)
     options = config.checkpoint
     checkpoints = Checkpoints(
-        run.checkpoints, keep=options.keep, best=options.best, best_mode=options.best_mode
+        run.checkpoints,
+        keep=options.keep,
+        best=options.best,
+        best_mode=options.best_mode,
+        tokenizer=data.tokenizer.hash,
     )
     try:
-        state, sums = first_state(config, checkpoints, init, shardings, start_from, mesh)
+        state, sums = first_state(config, checkpoints, init, shardings, start_from, data.tokenizer, mesh)
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
         logger.info(
             "%.2fM parameters on %d device(s), mesh %s", num_params / 1e6, mesh.size, dict(mesh.shape)
@@ -147,7 +151,7 @@ class _Loop:
         progress, watch = ProgressLines(start, config.steps), Stopwatch()
         steps_timed = 0
         # Read one step late, so that the devices never wait for the host.
-        unchecked: tuple[int, jax.Array, dict[str, Any]] | None = None
+        unchecked: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
         batches = pipeline.batches(
             start=start, stop=config.steps, host=jax.process_index(), num_hosts=jax.process_count()
         )
@@ -159,7 +163,7 @@ class _Loop:
                     bad.add(step, unreadable)
                     state, metrics = self.step_fn(state, batch)
                     self._check_finite(unchecked)
-                    unchecked = (step, metrics["step"]["loss"], batch)
+                    unchecked = (step, metrics["step"], batch)
                     sums = metrics if not sums else _add(sums, metrics)
                     steps_timed += 1
                     progress.advance(step)
@@ -198,11 +202,15 @@ class _Loop:
         logger.info("complete: %s", self.run.path)
         return 0
 
-    def _check_finite(self, unchecked: tuple[int, jax.Array, dict[str, Any]] | None) -> None:
-        """Raise TrainingFailed, with the batch's records saved, if the loss of a step is no number."""
-        if unchecked is None or math.isfinite(float(unchecked[1][0])):
+    def _check_finite(self, unchecked: tuple[int, dict[str, jax.Array], dict[str, Any]] | None) -> None:
+        """Raise TrainingFailed, with the batch's records saved, if the loss or the gradient of a step is no number."""
+        if unchecked is None:
             return
-        step, _, batch = unchecked
+        step, totals, batch = unchecked
+        # A finite loss can have a gradient that is none, which would spoil the parameters about to be saved.
+        bad = [name for name, pair in totals.items() if not math.isfinite(float(pair[0]))]
+        if not bad:
+            return
         sets = self.data.pipeline.sets
         records = [
             {"source": sets[source].name, "id": sets[source].describe(int(record))["id"]}
@@ -214,7 +222,7 @@ class _Loop:
         )
         good = self.checkpoints.latest()
         raise TrainingFailed(
-            f"the loss of step {step} is not a finite number; the batch's records are in {path}. "
+            f"the {bad[0].replace('_', ' ')} of step {step} is not a finite number; the batch's records are in {path}. "
             f"The last checkpoint is {'of step ' + str(good) if good is not None else 'not made yet'}; "
             f"try a lower optim.lr, more optim.warmup_steps or optim.clip_norm"
         )

@@ -41,15 +41,26 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
     """Open the sources, settle tokenizer and classes, and keep both in the run folder."""
     sources = config.data.sources()
     sets = [RecordSet(source) for source in sources]
-    # The order: the run's own tokenizer -> the one of init_from -> the config's file -> trained on the texts.
+    # The order: the run's own tokenizer -> the one of resume_from -> the one of init_from -> the config's file
+    # -> trained on the texts.
     options = config.data.tokenizer
     if run.tokenizer.is_file():
         tokenizer = Tokenizer.load(run.tokenizer, options.context_length)
+    elif config.resume_from is not None:
+        continued = RunFolder(config.resume_from).tokenizer
+        if not continued.is_file():
+            raise CheckpointError(f"resume_from={config.resume_from}: no run folder, {continued} is missing")
+        tokenizer = Tokenizer.load(continued, options.context_length)
     elif start_from is not None:
         tokenizer = start_from.tokenizer
         if options.path is not None:
             given = Tokenizer.load(options.path, options.context_length, options.lowercase)
             check_vocabulary(start_from.params["model"], given, f"data.tokenizer.path={options.path}")
+            if given.hash != tokenizer.hash:
+                raise CheckpointError(
+                    f"data.tokenizer.path={options.path} is another tokenizer than that of "
+                    f"init_from={config.init_from}: token ids would mean other words; leave the path out"
+                )
             tokenizer = given
         tokenizer.context_length = options.context_length
     elif options.path is not None:
@@ -116,8 +127,11 @@ def check_suites(config: Config, suites: dict[str, Any]) -> None:
 def load_frozen(config: Config, tokenizer: Tokenizer) -> dict[str, Components]:
     """The models of the config's `frozen`; raises ConfigError where one reads another vocabulary than this run."""
     frozen = {name: load_components(spec) for name, spec in config.frozen.items()}
+    reads_text = {
+        view.encoder for task in config.tasks.values() for view in task.views() if view.kind == "text"
+    }
     for name, components in frozen.items():
-        if components.tokenizer.hash != tokenizer.hash:
+        if name in reads_text and components.tokenizer.hash != tokenizer.hash:
             raise ConfigError(
                 f"frozen {name!r} reads another vocabulary than this run: set data.tokenizer.path to "
                 f"{config.frozen[name]}/tokenizer.json"
@@ -148,6 +162,7 @@ def first_state(
     init: Callable[[jax.Array], Any],
     shardings: Any,
     start_from: Components | None,
+    tokenizer: Tokenizer,
     mesh: Mesh,
 ) -> tuple[TrainState, dict[str, Any]]:
     """(state, metric sums) where a run starts, in this order of precedence:
@@ -172,11 +187,15 @@ def first_state(
         folder = RunFolder(config.resume_from).checkpoints
         if not folder.is_dir():
             raise CheckpointError(f"resume_from={config.resume_from}: no checkpoints there")
-        other = Checkpoints(folder, read_only=True)
+        other = Checkpoints(folder, read_only=True, tokenizer=tokenizer.hash)
         try:
             step = other.latest()
             if step is None:
                 raise CheckpointError(f"resume_from={config.resume_from}: no complete checkpoint there")
+            if step >= config.steps:
+                raise ConfigError(
+                    f"resume_from={config.resume_from} stands at step {step}: steps={config.steps} leaves nothing to train"
+                )
             logger.info("continuing %s from step %d", config.resume_from, step)
             return _restore(other.restore(step, items, optional={"sums": replicated(mesh)}))
         finally:

@@ -170,7 +170,7 @@ def make_train_step(
             decay = jnp.minimum(program.ema_decay, (1.0 + t) / (10.0 + t))
             ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
         one = jnp.ones(())
-        totals = {"loss": jnp.stack([loss, one]), "grad_norm": jnp.stack([optax.global_norm(grads), one])}
+        totals = {"loss": jnp.stack([loss, one]), "grad_norm": jnp.stack([optax.tree.norm(grads), one])}
         return TrainState(state.step + 1, params, opt_state, ema, extra), {"tasks": metrics, "step": totals}
 
     mesh = program.mesh
