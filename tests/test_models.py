@@ -14,7 +14,7 @@ from bvl.errors import ConfigError
 from bvl.mesh import unbox
 from bvl.models.layers import Attention, Stack
 from bvl.models.text import TextConfig, TextTransformer
-from bvl.models.vit import VARIANTS, ViT, ViTConfig, resize_positions
+from bvl.models.vit import VARIANTS, ViT, ViTConfig, _patches_3x3, resize_positions
 from bvl.models.vlm import DualEncoder, DualEncoderConfig, l2_normalize, normalize_image
 
 VOCAB, CONTEXT, END, PAD = 20, 8, 3, 0
@@ -181,6 +181,20 @@ def test_patches_are_a_strided_convolution():
     )
     expected = expected.reshape(2, 6, WIDTH) + params["patch_embed"]["bias"]
     np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_conv_stem():
+    x = RNG.normal(size=(2, 6, 8, 3)).astype(np.float32)
+    kernel = RNG.normal(size=(3, 3, 3, 5)).astype(np.float32)
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(_patches_3x3(x) @ kernel.reshape(27, 5), expected, atol=1e-4)
+    module = ViT(dataclasses.replace(VIT, stem="conv", depth=1), (16, 24))
+    pooled, tokens, grid = run(module, random_params(module, IMAGES), IMAGES)
+    assert pooled.shape == (2, WIDTH) and tokens.shape == (2, 6, WIDTH) and grid == (2, 3)
+    with pytest.raises(ConfigError, match="power of two"):
+        ViTConfig("B/14", stem="conv")
 
 
 def test_image_that_does_not_fit_the_patches():
