@@ -37,7 +37,9 @@ def get_config() -> Config:
             tokenizer=TokenizerConfig(vocab_size=200, context_length=16),
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=40),
-        eval=EvalConfig(suites={"zeroshot_mednist": ZeroShot(source=Source(name="mednist", split="val", cache=True))}),
+        eval=EvalConfig(
+            suites={"zeroshot_mednist": ZeroShot(source=Source(name="mednist", split="val", cache=True))}
+        ),
         checkpoint=CheckpointConfig(every=100),
         log=LogConfig(every=20),
     )

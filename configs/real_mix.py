@@ -11,6 +11,7 @@ from bvl.data.pipeline import DataConfig
 from bvl.data.sources import Source
 from bvl.data.text import TokenizerConfig
 from bvl.data.transforms import Augment, Preprocess
+from bvl.evals.probe import LinearProbe
 from bvl.evals.retrieval import Retrieval
 from bvl.evals.zeroshot import ZeroShot
 from bvl.models.text import TextConfig
@@ -20,6 +21,7 @@ from bvl.tasks.contrastive import Contrastive
 from bvl.train.optim import OptimConfig
 
 FIGURES = {"caption": 0.5, "alt_text": 0.5}
+MEDNIST_VAL = Source(name="mednist", subfolder="mednist_subset", split="val")
 
 
 def get_config() -> Config:
@@ -36,7 +38,9 @@ def get_config() -> Config:
             train=(
                 Source(name="openstax", subfolder="openstax_figures", text=FIGURES, weight=0.5, cache=True),
                 Source(name="covid", subfolder="covid_cxr", weight=0.2, cache=True),
-                Source(name="mednist", subfolder="mednist_subset", text="class_prompt", weight=0.3, cache=True),
+                Source(
+                    name="mednist", subfolder="mednist_subset", text="class_prompt", weight=0.3, cache=True
+                ),
             ),
             preprocess=Preprocess(image_size=112, resize="pad"),
             augment=Augment(crop_scale=(0.6, 1.0), brightness=0.1, contrast=0.1),
@@ -49,8 +53,9 @@ def get_config() -> Config:
                     source=Source(name="openstax", subfolder="openstax_figures", split="val", text=FIGURES)
                 ),
                 "retrieval_covid": Retrieval(source=Source(name="covid", subfolder="covid_cxr", split="val")),
-                "zeroshot_mednist": ZeroShot(
-                    source=Source(name="mednist", subfolder="mednist_subset", split="val")
+                "zeroshot_mednist": ZeroShot(source=MEDNIST_VAL),
+                "probe_mednist": LinearProbe(
+                    train=Source(name="mednist", subfolder="mednist_subset"), test=MEDNIST_VAL, max_train=1000
                 ),
             }
         ),

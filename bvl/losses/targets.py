@@ -59,7 +59,8 @@ def same_labels(
     """Texts of an example with equal labels are positives too, beside the image's own (`diagonal`).
 
     Labels are multi-hot, 0 or 1. With `soft`, examples that share some labels are positives by the weight
-    |both| / |either| (Jaccard); two examples without any label count as equal either way.
+    |both| / |either| (Jaccard); two examples without any label count as equal either way. A row of labels with a NaN
+    is unknown: it is like no other.
     """
     image_labels, text_labels = jnp.asarray(image_labels, jnp.float32), jnp.asarray(text_labels, jnp.float32)
     index, owner = jnp.arange(len(image_labels)), image_of_each_text(len(image_labels), len(text_labels))
@@ -97,6 +98,7 @@ def _label_overlap_block(rows, cols):
     both = jnp.einsum("ic,jc->ij", labels, text_labels, precision="highest")
     either = labels.sum(1)[:, None] + text_labels.sum(1)[None, :] - both
     overlap = jnp.where(either > 0, both / jnp.maximum(either, 1), 1.0)
+    overlap = jnp.where(jnp.isnan(both), 0.0, overlap)
     return jnp.where(index[:, None] == owner[None, :], 1.0, overlap)
 
 

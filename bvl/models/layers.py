@@ -122,9 +122,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         h = Dense(self.hidden, names=("embed", "mlp"), dtype=self.dtype, name="up")(x)
-        return Dense(x.shape[-1], names=("mlp", "embed"), dtype=self.dtype, name="down")(
-            gelu(h)
-        )
+        return Dense(x.shape[-1], names=("mlp", "embed"), dtype=self.dtype, name="down")(gelu(h))
 
 
 class Block(nn.Module):

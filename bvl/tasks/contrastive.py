@@ -48,7 +48,7 @@ class Contrastive(Task):
         if self.targets == "same_text":
             keys |= {"text_id"}
         if self.targets.endswith("_labels"):
-            keys |= {"labels"}
+            keys |= {"labels", "label_valid"}
         return frozenset(keys)
 
     def views(self) -> tuple[View, ...]:
@@ -90,7 +90,9 @@ class Contrastive(Task):
             return diagonal
         if self.targets == "same_text":
             return same_text(batch["text_id"], batch["text_id"].reshape(-1))
-        labels, count = batch["labels"], batch["text_valid"].shape[1]
+        # What was not looked for is unknown, and unknown is not the same as absent.
+        labels = jnp.where(batch["label_valid"].all(1, keepdims=True), batch["labels"], jnp.nan)
+        count = batch["text_valid"].shape[1]
         return same_labels(
             labels, jnp.repeat(labels, count, axis=0), soft=self.targets == "overlapping_labels"
         )
