@@ -313,3 +313,14 @@ def test_wrong_arguments(m, options, message):
 def test_features_of_different_size():
     with pytest.raises(ConfigError, match="same d"):
         sigmoid_loss(features(0, 8, 4), features(1, 8, 5), scale=1.0, bias=0.0)
+
+
+def test_unknown_labels_are_like_no_other_row():
+    labels = jnp.array([[0.0, 0.0], [jnp.nan, jnp.nan], [jnp.nan, jnp.nan], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    for soft, shared in ((False, 0.0), (True, 0.5)):
+        targets = same_labels(labels, labels, soft=soft)
+        weights = targets.block(targets.rows, targets.cols)
+        expected = np.eye(6)
+        expected[0, 3] = expected[3, 0] = 1.0
+        expected[4, 5] = expected[5, 4] = shared
+        np.testing.assert_array_equal(weights, expected)

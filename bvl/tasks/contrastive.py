@@ -90,8 +90,8 @@ class Contrastive(Task):
             return diagonal
         if self.targets == "same_text":
             return same_text(batch["text_id"], batch["text_id"].reshape(-1))
-        # What was not looked for is unknown, and unknown is not the same as absent.
-        labels = jnp.where(batch["label_valid"].all(1, keepdims=True), batch["labels"], jnp.nan)
+        # A record without labels is unknown, which is not the same as free of findings.
+        labels = jnp.where(batch["label_valid"].any(1, keepdims=True), batch["labels"], jnp.nan)
         count = batch["text_valid"].shape[1]
         return same_labels(
             labels, jnp.repeat(labels, count, axis=0), soft=self.targets == "overlapping_labels"
