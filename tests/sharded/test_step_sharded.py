@@ -1,0 +1,47 @@
+"""One training step of three tasks: the same on one device and on meshes of eight."""
+
+import jax
+import numpy as np
+import pytest
+from test_step import SGD, TASKS, data, fast_compilation, make_program, one_device, start  # noqa: F401
+
+from bvl.mesh import MeshConfig, make_mesh
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+def one_step(mesh):
+    """(metrics, change of the parameters under SGD, extra state, state) of one step."""
+    state, step = start(make_program(TASKS, mesh=mesh, ema_decay=0.5), optim=SGD)
+    before = jax.tree.map(np.asarray, state.params)
+    state, metrics = step(state, data()[1][0])
+    change = jax.tree.map(lambda b, a: (b - np.asarray(a)) / SGD.lr, before, state.params)
+    return jax.tree.map(np.asarray, metrics), change, jax.tree.map(np.asarray, state.extra), state
+
+
+@pytest.fixture(scope="module")
+def expected(fast_compilation):  # noqa: F811
+    return one_step(one_device())
+
+
+def assert_close(actual, expected, scale):
+    """max |a - b| / max |b| of every array; arrays that are all but zero are measured by the largest of all."""
+    for (path, b), a in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True
+    ):
+        error = np.abs(a - b).max() / max(np.abs(b).max(), 1e-2 * scale)
+        assert error <= 1e-5, f"{jax.tree_util.keystr(path)}: {error:.2e}"
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_a_step_on_eight_devices(shape, expected):
+    metrics, gradient, extra, state = one_step(make_mesh(MeshConfig(shape)))
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(expected[1]))
+    assert_close(metrics, expected[0], 0.0)
+    assert_close(gradient, expected[1], largest)
+    assert_close(extra, expected[2], 1.0)
+    kernel = state.params["model"]["image"]["stack"]["block_0"]["mlp"]["up"]["kernel"]
+    parts = shape[1] * shape[2]
+    assert kernel.addressable_shards[0].data.size * parts == kernel.size, (
+        "parameters are split as the mesh says"
+    )

@@ -1,0 +1,311 @@
+"""The loop: what stops it, what it saves then, where it starts, and what it writes."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from kill_and_resume import Runner, assert_same_runs
+from PIL import Image
+from tasks_for_tests import Centre
+from tiny_run import (
+    assert_same_trees,
+    fast_compilation,  # noqa: F401
+    metric_rows,
+    saved_items,
+    tiny_config,
+)
+
+from bvl.config import CheckpointConfig, LogConfig
+from bvl.data.pipeline import DataConfig
+from bvl.data.sources import Source
+from bvl.data.text import TokenizerConfig
+from bvl.data.transforms import Preprocess
+from bvl.errors import CheckpointError, ConfigError, DataError, RunFolderError
+from bvl.tasks.classify import Classify
+from bvl.tasks.contrastive import Contrastive
+from bvl.train.loop import TrainingFailed, train
+from bvl.train.optim import OptimConfig
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory, fast_compilation):  # noqa: F811
+    """Six steps, checkpoints at 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("loop") / "first"
+    assert train(tiny_config(folder)) == 0
+    return folder
+
+
+def test_rows_of_the_metrics(first_run):
+    rows = metric_rows(first_run)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert {"loss/total", "loss/contrastive", "grad_norm", "lr", "contrastive/scale"} <= rows[0].keys()
+    assert rows[0]["contrastive/pairs"] == 8.0
+    times = json.loads((first_run / "metrics.jsonl").read_text().splitlines()[0])
+    assert times["time/examples_per_s"] > 0 and 0 <= times["time/data_wait_share"] <= 1
+
+
+def test_every_0_means_only_at_the_end(first_run, tmp_path):
+    config = tiny_config(
+        tmp_path / "run",
+        log=LogConfig(every=0, tensorboard=True),
+        checkpoint=CheckpointConfig(every=0),
+    )
+    assert train(config) == 0
+    (row,) = metric_rows(tmp_path / "run")
+    several = metric_rows(first_run)
+    np.testing.assert_allclose(row["loss/total"], np.mean([r["loss/total"] for r in several]), rtol=1e-5)
+    assert row["step"] == 6 and [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert_same_trees(saved_items(tmp_path / "run")["params"], saved_items(first_run)["params"])
+
+
+def test_a_complete_run_says_so(first_run, caplog, monkeypatch):
+    monkeypatch.setattr("bvl.train.loop._Loop.run_to_end", lambda *_: pytest.fail("it trained on"))
+    with caplog.at_level("INFO", "bvl"):
+        assert train(tiny_config(first_run)) == 0
+    assert f"complete: {first_run} stands at step 6 of 6" in caplog.text
+
+
+def test_another_config_is_refused_and_forced(first_run, tmp_path):
+    with pytest.raises(RunFolderError, match="(?s)steps: 6 -> 8.*--force"):
+        train(tiny_config(first_run, steps=8))
+
+
+def test_no_workdir():
+    with pytest.raises(ConfigError, match="workdir=DIR"):
+        train(tiny_config())
+
+
+def test_a_batch_that_does_not_divide(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(ConfigError, match="batch_size=8 cannot be split over 3 hosts; use 6 or 9"):
+        train(tiny_config(tmp_path / "run"))
+
+
+def test_a_loss_that_is_no_number(tmp_path):
+    """The run stops, the records of the batch are named, and no spoiled checkpoint is kept."""
+    config = tiny_config(
+        tmp_path / "run",
+        optim=OptimConfig(name="sgd", lr=1e30, schedule="constant", warmup_steps=0, clip_norm=None),
+        checkpoint=CheckpointConfig(every=2),
+        log=LogConfig(every=1, tensorboard=False),
+    )
+    with pytest.raises(
+        TrainingFailed, match=r"of step 2 is not a finite number.*nan_batch.json.*lower optim.lr"
+    ):
+        train(config)
+    saved = json.loads((tmp_path / "run" / "nan_batch.json").read_text())
+    assert saved["step"] == 2 and saved["seed"] == 0
+    assert len(saved["records"]) == 8
+    assert all(r["source"] == "phantoms" and r["id"].startswith("phantom-") for r in saved["records"])
+    assert [row["step"] for row in metric_rows(tmp_path / "run")] == [1]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_two_tasks_and_state_of_a_third(tmp_path):
+    """Nothing in the loop knows them; their heads and extra state are in the checkpoint, also after a resume."""
+    tasks = {"pairs": Contrastive(), "labels": Classify(multi_label=True), "centre": Centre(noise=0.1)}
+    for name in ("whole", "parts"):
+        config = tiny_config(tmp_path / name, tasks=tasks, steps=4)
+        if name == "parts":
+            with stopped_at(2):
+                assert train(config) == 130
+        assert train(config) == 0
+    items = saved_items(tmp_path / "whole")
+    assert set(items["params"]["heads"]) == {"labels", "centre"}
+    assert int(items["rest"]["extra"]["centre"]["updates"]) == 4
+    assert {"loss/pairs", "loss/labels", "loss/centre", "labels/accuracy"} <= metric_rows(tmp_path / "whole")[
+        0
+    ].keys()
+    assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+
+
+class stopped_at:
+    """Ctrl-C arrives while step `step` is under way."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __enter__(self):
+        from bvl.train.metrics_log import ProgressLines
+
+        self.patch = pytest.MonkeyPatch()
+        advance = ProgressLines.advance
+
+        def then_interrupt(progress, step):
+            advance(progress, step)
+            if step == self.step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        self.patch.setattr(ProgressLines, "advance", then_interrupt)
+
+    def __exit__(self, *_):
+        self.patch.undo()
+
+
+def test_interrupted_between_rows_and_checkpoints(tmp_path, first_run):
+    """Metric sums that were not logged yet are in the checkpoint, and the row after the resume has the same means."""
+    config = tiny_config(tmp_path / "run")
+    with stopped_at(3):
+        assert train(config) == 130
+    assert "sums" in saved_items(tmp_path / "run", 3)
+    assert [row["step"] for row in metric_rows(tmp_path / "run")] == [2]
+    # Rows of a later step than the checkpoint, and a half-written one, as kill -9 leaves them.
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss/total": 99.0}\n{"step": 5, "lo')
+    assert train(config) == 0
+    assert_same_runs(tmp_path / "run", first_run)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_stop(tmp_path_factory, number, code):
+    """Real processes: stopped by a signal, the same command goes on, and the end is that of an uninterrupted run."""
+    runner = Runner(tmp_path_factory.getbasetemp().joinpath("signals"), steps=30)
+    if not (runner.folder / "whole").exists():
+        assert runner.run(*runner.train("whole")) == 0, runner.log()
+    name = signal.Signals(number).name
+    process = runner.popen(*runner.train(name))
+    try:
+        assert runner.wait_for(lambda: runner.rows(name) >= 1, process), runner.log()
+        process.send_signal(number)
+        assert process.wait(60) == code, runner.log()
+    finally:
+        process.kill()
+        process.wait()
+    (step,) = runner.steps(name)[-1:]
+    assert f"stopped at step {step} of 30" in runner.log()
+    assert runner.run(*runner.train(name)) == 0, runner.log()
+    assert_same_runs(runner.folder / name, runner.folder / "whole")
+
+
+def folder_of_images(root, *, broken, count=40):
+    """`count` records, of which the first `broken` are truncated JPEGs."""
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    with open(root / "records.jsonl", "w") as file:
+        for i in range(count):
+            name = f"{i}.jpg"
+            Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(root / name)
+            if i < broken:
+                (root / name).write_bytes((root / name).read_bytes()[:300])
+            row = {"id": f"r{i}", "image": name, "caption": f"picture number {i} of many", "split": "train"}
+            file.write(json.dumps(row) + "\n")
+    return root
+
+
+def data_of(root, **changes):
+    data = DataConfig(
+        train=(Source(root=str(root)),),
+        preprocess=Preprocess(image_size=32),
+        tokenizer=TokenizerConfig(vocab_size=300, context_length=16),
+    )
+    return dataclasses.replace(data, **changes)
+
+
+@pytest.mark.parametrize("workers", [0])
+def test_unreadable_records_are_named_once(tmp_path, workers):
+    """Others take their place; across epochs and a resume each is listed once."""
+    root = folder_of_images(tmp_path / "images", broken=3)
+    config = tiny_config(
+        tmp_path / "run", steps=12, data=data_of(root, max_bad_fraction=0.1, workers=workers)
+    )
+    with stopped_at(7):
+        assert train(config) == 130
+    assert train(config) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in rows) == ["r0", "r1", "r2"]
+    assert all(row["source"] == "images" and row["step"] <= 12 and row["error"] for row in rows)
+
+
+def test_too_many_unreadable_records(tmp_path):
+    root = folder_of_images(tmp_path / "images", broken=10)
+    config = tiny_config(tmp_path / "run", steps=12, data=data_of(root, max_bad_fraction=0.05))
+    with pytest.raises(
+        DataError,
+        match=r"3 of 40 records cannot be read, more than data.max_bad_fraction=0.05.*bad_records.jsonl",
+    ):
+        train(config)
+    assert len((tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()) == 3
+
+
+def test_no_readable_record(tmp_path):
+    root = folder_of_images(tmp_path / "images", broken=12, count=12)
+    with pytest.raises(DataError, match="records in a row could not be read"):
+        train(tiny_config(tmp_path / "run", data=data_of(root, max_bad_fraction=1.0)))
+
+
+def test_init_from(first_run, tmp_path):
+    """The parameters are those of the other run, the step is 0 and the optimiser is fresh."""
+    frozen = OptimConfig(name="sgd", lr=1.0, warmup_steps=0, freeze=(".*",), clip_norm=None)
+    config = tiny_config(tmp_path / "run", steps=1, init_from=str(first_run), optim=frozen, seed=3)
+    assert train(config) == 0
+    there, here = saved_items(first_run), saved_items(tmp_path / "run")
+    assert_same_trees(here["params"]["model"], there["params"]["model"])
+    assert int(here["rest"]["step"]) == 1
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == (first_run / "tokenizer.json").read_text()
+    # Its own checkpoint wins over init_from.
+    assert train(dataclasses.replace(config, init_from=str(first_run))) == 0
+
+
+def test_init_from_another_model(first_run, tmp_path):
+    config = tiny_config(tmp_path / "run", init_from=str(first_run))
+    model = dataclasses.replace(config.model, embed_dim=24)
+    with pytest.raises(
+        CheckpointError,
+        match=r"(?s)init_from=.*2 arrays differ.*image_projection/kernel: there \(32, 16\), here \(32, 24\)",
+    ):
+        train(dataclasses.replace(config, model=model))
+
+
+def test_resume_from(first_run, tmp_path):
+    """Everything of the other run, step included, in a folder of its own; the other one is only read."""
+    before = sorted(p.name for p in (first_run / "checkpoints").iterdir())
+    longer = dict(steps=8, optim=OptimConfig(lr=1e-3, warmup_steps=2, schedule="constant"))
+    config = tiny_config(tmp_path / "run", resume_from=str(first_run), **longer)
+    assert train(config) == 0
+    items = saved_items(tmp_path / "run")
+    assert int(items["rest"]["step"]) == 8
+    assert [row["step"] for row in metric_rows(tmp_path / "run")] == [8]
+    assert sorted(p.name for p in (first_run / "checkpoints").iterdir()) == before
+    with pytest.raises(ConfigError, match="stands at step 6: steps=6 leaves nothing to train"):
+        train(tiny_config(tmp_path / "other", resume_from=str(first_run)))
+    with pytest.raises(CheckpointError, match="resume_from=.*nowhere"):
+        train(tiny_config(tmp_path / "third", resume_from=str(tmp_path / "nowhere"), steps=8))
+
+
+def test_a_frozen_teacher_from_a_run(first_run, tmp_path):
+    """Named in the config; not saved again."""
+    config = tiny_config(
+        tmp_path / "run", steps=3, frozen={"teacher": str(first_run)},
+        tasks={"contrastive": Contrastive(), "centre": Centre(teacher="teacher")},
+    )  # fmt: skip
+    assert train(config) == 0
+    assert set(saved_items(tmp_path / "run")["params"]) == {"model", "heads"}
+
+
+def test_a_full_disk_stops_the_run_with_an_error(first_run, tmp_path, monkeypatch):
+    """What was saved before stays, and the same command goes on from there."""
+    import errno
+
+    import orbax.checkpoint as ocp
+
+    config = tiny_config(tmp_path / "run")
+    finalize = ocp.PyTreeCheckpointHandler.finalize
+
+    def full(self, directory):
+        if "4" in str(directory.parent.name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return finalize(self, directory)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", full)
+    with pytest.raises(CheckpointError, match="step 4 could not be saved.*goes on from step 2"):
+        train(config)
+    monkeypatch.undo()
+    assert train(config) == 0
+    assert_same_runs(tmp_path / "run", first_run)
