@@ -143,6 +143,10 @@ class Runner:
         """How often training got to its first step, so far."""
         return self.log().count("M parameters on ")
 
+    def logged(self) -> int:
+        """How many rows of metrics all processes together have shown."""
+        return self.log().count("examples/s")
+
     def rows(self, workdir: str) -> int:
         """Rows of metrics.jsonl."""
         file = self.folder / workdir / "metrics.jsonl"

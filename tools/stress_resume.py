@@ -46,8 +46,10 @@ def main() -> int:
                     runner.kill_when("killed", lambda: runner.saving("killed"), delay=delay),
                 )
             else:
-                delay = random_numbers.uniform(0.0, 4.0)
-                where, killed = "in training", runner.kill_when("killed", lambda: True, delay=delay)
+                delay, more = random_numbers.uniform(0.0, 0.2), random_numbers.randint(0, 7)
+                enough = runner.logged() + more
+                where = "in training"
+                killed = runner.kill_when("killed", lambda n=enough: runner.logged() >= n, delay=delay)
             if not killed:
                 print(f"kill {kill}: the run was complete before")
                 break
