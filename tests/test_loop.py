@@ -1,12 +1,14 @@
 """The loop: what stops it, what it saves then, where it starts, and what it writes."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from kill_and_resume import Runner, assert_same_runs
 from PIL import Image
@@ -291,10 +293,6 @@ def test_a_frozen_teacher_from_a_run(first_run, tmp_path):
 
 def test_a_full_disk_stops_the_run_with_an_error(first_run, tmp_path, monkeypatch):
     """What was saved before stays, and the same command goes on from there."""
-    import errno
-
-    import orbax.checkpoint as ocp
-
     config = tiny_config(tmp_path / "run")
     finalize = ocp.PyTreeCheckpointHandler.finalize
 
@@ -309,3 +307,22 @@ def test_a_full_disk_stops_the_run_with_an_error(first_run, tmp_path, monkeypatc
     monkeypatch.undo()
     assert train(config) == 0
     assert_same_runs(tmp_path / "run", first_run)
+
+
+def test_a_full_disk_while_metrics_are_written(first_run, tmp_path, monkeypatch):
+    config = tiny_config(tmp_path / "run")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("bvl.train.metrics_log.JsonLines.write", full)
+    with pytest.raises(RunFolderError, match="cannot be written.*No space left.*run the same command again"):
+        train(config)
+    monkeypatch.undo()
+    assert train(config) == 0
+    assert_same_runs(tmp_path / "run", first_run)
+
+
+def test_best_must_name_a_suite(tmp_path):
+    with pytest.raises(ConfigError, match="checkpoint.best='acc' is no metric of an evaluation suite"):
+        train(tiny_config(tmp_path / "run", checkpoint=CheckpointConfig(best="acc")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -14,7 +15,7 @@ import jax
 
 from bvl.checkpoint import Checkpoints
 from bvl.config import Config
-from bvl.errors import ConfigError, UserError
+from bvl.errors import ConfigError, RunFolderError, UserError
 from bvl.evals.base import evaluate, write_eval
 from bvl.mesh import check_batch_size, make_mesh, replicated, shardings_of, to_global, unbox
 from bvl.runs import Components, Encoder, RunFolder, build_model, load_components, write_atomic
@@ -37,6 +38,8 @@ from bvl.train.survive import stop_on_signals
 
 logger = logging.getLogger(__name__)
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class TrainingFailed(UserError):
     """Training cannot go on: the loss is no number, or too many records are unreadable."""
@@ -52,7 +55,14 @@ def train(config: Config, *, force: bool = False) -> int:
     keep_freed_memory()
     run = RunFolder(config.workdir)
     with run.lock():
-        return _train(config, run, force)
+        try:
+            return _train(config, run, force)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise RunFolderError(
+                f"workdir {run.path} cannot be written: {error}; free space, then run the same command again"
+            ) from error
 
 
 def _train(config: Config, run: RunFolder, force: bool) -> int:
