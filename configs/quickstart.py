@@ -19,26 +19,26 @@ from bvl.models.vlm import DualEncoderConfig
 from bvl.tasks.contrastive import Contrastive
 from bvl.train.optim import OptimConfig
 
-PHANTOMS = Phantoms(num_patients=4000, image_size=64)
-HELD_OUT = Source(phantoms=PHANTOMS, split="val", cache=True)
+PHANTOMS = Phantoms(num_patients=5000, image_size=64)
+HELD_OUT = Source(phantoms=PHANTOMS, split="test", cache=True)
 
 
 def get_config() -> Config:
     return Config(
-        steps=1000,
-        batch_size=128,
+        steps=1500,
+        batch_size=64,
         model=DualEncoderConfig(
-            image=ViTConfig("XXS/8", pool="mean"),
-            text=TextConfig(width=96, depth=2, num_heads=3),
-            embed_dim=96,
+            image=ViTConfig("XS/8", stem="conv", depth=1, pool="mean"),
+            text=TextConfig(width=96, depth=1, num_heads=3, causal=False, pool="mean"),
+            embed_dim=128,
         ),
         tasks={"contrastive": Contrastive()},
         data=DataConfig(
-            train=(Source(phantoms=PHANTOMS, text="captions", cache=True),),
+            train=(Source(phantoms=PHANTOMS, text={"captions": 0.5, "impression": 0.5}, cache=True),),
             preprocess=Preprocess(image_size=64),
-            tokenizer=TokenizerConfig(vocab_size=1000, context_length=32),
+            tokenizer=TokenizerConfig(vocab_size=1000, context_length=28),
         ),
-        optim=OptimConfig(lr=2e-3, warmup_steps=100, weight_decay=0.05),
+        optim=OptimConfig(lr=5e-4, warmup_steps=50),
         eval=EvalConfig(
             suites={
                 "zeroshot_phantoms/modality": ZeroShot(
@@ -50,6 +50,6 @@ def get_config() -> Config:
                 "retrieval_phantoms": Retrieval(source=HELD_OUT, max_images=500),
             }
         ),
-        checkpoint=CheckpointConfig(every=250),
+        checkpoint=CheckpointConfig(every=500),
         log=LogConfig(every=50),
     )

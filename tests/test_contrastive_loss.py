@@ -316,7 +316,9 @@ def test_features_of_different_size():
 
 
 def test_unknown_labels_are_like_no_other_row():
-    labels = jnp.array([[0.0, 0.0], [jnp.nan, jnp.nan], [jnp.nan, jnp.nan], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    labels = jnp.array(
+        [[0.0, 0.0], [jnp.nan, jnp.nan], [jnp.nan, jnp.nan], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]]
+    )
     for soft, shared in ((False, 0.0), (True, 0.5)):
         targets = same_labels(labels, labels, soft=soft)
         weights = targets.block(targets.rows, targets.cols)

@@ -60,13 +60,20 @@ class DataConfig:
             raise ConfigError(f"data.train: source names must differ, got {names}; set name=")
 
     def sources(self) -> tuple[Source, ...]:
-        """The training sources with `root` filled in; phantoms give way to a root."""
+        """The training sources with `root` filled in; phantoms give way to a root.
+
+        Raises ConfigError for a root that no source would read.
+        """
         if self.root is None:
             return self.train
         placed = tuple(s.at_root(self.root) for s in self.train)
-        if placed == self.train and not any(s.root for s in self.train):
+        if placed != self.train:
+            return placed
+        if all(s.phantoms for s in self.train):
             return (Source(root=self.root),)
-        return placed
+        raise ConfigError(
+            f"data.root={self.root!r} is read by no source: each of data.train has a place of its own"
+        )
 
 
 class Pipeline:

@@ -118,7 +118,7 @@ class ConvStem(nn.Module):
         num_layers = self.patch_size.bit_length() - 1
         x = image
         for i in range(num_layers):
-            features = max(self.width >> (num_layers - 1 - i), 8)
+            features = max(self.width >> (num_layers - 1 - i), 32)
             x = Dense(features, names=(None, "patch"), dtype=self.dtype, name=f"conv_{i}")(_patches_3x3(x))
             x = gelu(LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x))
         x = rearrange(x, "b h w c -> b (h w) c")

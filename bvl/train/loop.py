@@ -75,11 +75,6 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     for line in data.pipeline.summary():
         logger.info(line)
     suites = place_suites(config)
-    best = config.checkpoint.best
-    if best is not None and not any(best.startswith(f"{name}/") for name in suites):
-        raise ConfigError(
-            f"checkpoint.best={best!r} is no metric of an evaluation suite; suites are: {', '.join(suites) or 'none'}"
-        )
     check_suites(config, suites)
     write_atomic(run.env, json.dumps(describe_environment(data.licences), indent=2) + "\n")
 

@@ -115,6 +115,11 @@ def place_suites(config: Config) -> dict[str, Any]:
 
 def check_suites(config: Config, suites: dict[str, Any]) -> None:
     """Fail now, not after hours, for what an evaluation could not use."""
+    best = config.checkpoint.best
+    if best is not None and not any(best.startswith(f"{name}/") for name in suites):
+        raise ConfigError(
+            f"checkpoint.best={best!r} is no metric of an evaluation suite; suites are: {', '.join(suites) or 'none'}"
+        )
     for name, suite in suites.items():
         task = getattr(suite, "task", None)
         if task is not None and task not in config.tasks:
