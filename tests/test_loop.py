@@ -27,6 +27,7 @@ from bvl.data.sources import Source
 from bvl.data.text import TokenizerConfig
 from bvl.data.transforms import Preprocess
 from bvl.errors import CheckpointError, ConfigError, DataError, RunFolderError
+from bvl.runs import load_components
 from bvl.tasks.classify import Classify
 from bvl.tasks.contrastive import Contrastive
 from bvl.train.loop import TrainingFailed, train
@@ -326,3 +327,21 @@ def test_a_full_disk_while_metrics_are_written(first_run, tmp_path, monkeypatch)
 def test_best_must_name_a_suite(tmp_path):
     with pytest.raises(ConfigError, match="checkpoint.best='acc' is no metric of an evaluation suite"):
         train(tiny_config(tmp_path / "run", checkpoint=CheckpointConfig(best="acc")))
+
+
+def test_images_and_labels_without_any_text(tmp_path):
+    """Tasks that read no text need none; the folder still has all that loading it needs."""
+    root = tmp_path / "images"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    with open(root / "records.jsonl", "w") as file:
+        for i in range(16):
+            Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(root / f"{i}.png")
+            row = {"id": f"r{i}", "image": f"{i}.png", "labels": ["ab"[i % 2]], "split": "train"}
+            file.write(json.dumps(row) + "\n")
+    config = tiny_config(tmp_path / "run", steps=3, data=data_of(root), tasks={"classify": Classify()})
+    assert train(config) == 0
+    components = load_components(tmp_path / "run")
+    assert components.classes == ("a", "b") and components.tokenizer.vocab_size == 4
+    with pytest.raises(DataError, match="text"):
+        train(tiny_config(tmp_path / "other", steps=3, data=data_of(root)))

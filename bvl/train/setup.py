@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import tokenizers
 from jax.sharding import Mesh
 
 from bvl.checkpoint import Checkpoints, check_same_shapes
 from bvl.config import Config
+from bvl.data.batch import Need, needs_of
 from bvl.data.pipeline import Pipeline, label_names, training_texts
 from bvl.data.sources import RecordSet
-from bvl.data.text import Tokenizer
+from bvl.data.text import END, PAD, START, UNKNOWN, Tokenizer, TokenizerConfig
 from bvl.errors import CheckpointError, ConfigError, DataError
 from bvl.mesh import init_sharded, replicated, unbox
 from bvl.runs import Components, RunFolder, check_vocabulary, load_components, write_atomic
@@ -66,7 +68,11 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
     elif options.path is not None:
         tokenizer = Tokenizer.load(options.path, options.context_length, options.lowercase)
     else:
-        tokenizer = Tokenizer.train(training_texts(sets), options)
+        keys = frozenset().union(*(task.fields() for task in config.tasks.values()))
+        if Need.TEXT not in needs_of(keys) and not any(text.strip() for text in training_texts(sets)):
+            tokenizer = _special_tokens_only(options)
+        else:
+            tokenizer = Tokenizer.train(training_texts(sets), options)
     if not run.tokenizer.is_file():
         temporary = run.tokenizer.with_name("tokenizer.json.tmp")
         tokenizer.save(temporary)
@@ -98,6 +104,14 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
         seed=config.seed,
     )
     return Data(pipeline, tokenizer, classes, {s.name: s.licences() for s in sets})
+
+
+def _special_tokens_only(options: TokenizerConfig) -> Tokenizer:
+    """For a run whose tasks and records know no text: the text tower and the run folder need some tokenizer."""
+    vocab = {token: i for i, token in enumerate((PAD, UNKNOWN, START, END))}
+    model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token=UNKNOWN))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    return Tokenizer(model, options.context_length)
 
 
 def place_suites(config: Config) -> dict[str, Any]:
