@@ -75,7 +75,8 @@ def make_schedule(config: OptimConfig, steps: int) -> Callable[[Any], Any]:
     """Learning rate by step."""
     if config.warmup_steps >= steps and config.schedule != "constant":
         raise ConfigError(
-            f"warmup_steps={config.warmup_steps} leaves no step of {steps} for the {config.schedule} schedule"
+            f"warmup_steps={config.warmup_steps} leaves no step of {steps} for the {config.schedule} schedule; "
+            f"set for example optim.warmup_steps={steps // 10}"
         )
     decay_steps = max(steps - config.warmup_steps, 1)
     after = {
