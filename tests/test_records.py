@@ -219,6 +219,16 @@ def test_hashed_splits_keep_patients_together_and_do_not_depend_on_the_rest():
     assert "split" not in records[0]
 
 
+@pytest.mark.parametrize("count, fewest", [(1, 0), (2, 1), (3, 1), (4, 2), (20, 2), (30, 2)])
+def test_small_sets_hold_some_groups_out_and_keep_some(count, fewest):
+    for start in range(0, 3000, 100):
+        records = [{"id": str(start + i)} for i in range(count)]
+        split = {r["id"]: r["split"] for r in assign_splits(records)}
+        held_out = sum(value == "val" for value in split.values())
+        assert fewest <= held_out <= count - 1
+        assert {r["id"]: r["split"] for r in assign_splits(records[::-1])} == split
+
+
 def test_select_split(tmp_path):
     splits = ["train", "train", "test"]
     folder = read_records(

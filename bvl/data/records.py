@@ -101,10 +101,19 @@ def read_records(
             f"{manifest}: neither images nor texts, only {', '.join(sorted(found))}; name the columns that hold "
             f"them with image_column and text_column."
         )
-    root = manifest.parent
+    return RecordFolder(
+        folder_name(path), manifest.parent, manifest, records, {"records": len(records), **counts}
+    )
+
+
+def folder_name(path: str | Path) -> str:
+    """The name of the records at `path`: that of the folder, or, for another file than records.jsonl, its stem.
+
+    Raises DataError where there is no manifest.
+    """
+    manifest = find_manifest(Path(path))
     whole_folder = Path(path).is_dir() or manifest.name == "records.jsonl"
-    name = root.resolve().name if whole_folder else manifest.stem
-    return RecordFolder(name, root, manifest, records, {"records": len(records), **counts})
+    return manifest.parent.resolve().name if whole_folder else manifest.stem
 
 
 def check_record(record: Mapping[str, Any], *, where: str) -> Record:
@@ -171,12 +180,15 @@ def has_groups(records: Sequence[Mapping[str, Any]]) -> bool:
 def assign_splits(records: Sequence[Record]) -> list[Record]:
     """The records with a `split` each: their own, or, where none has one, a stable tenth "val" and the rest "train".
 
-    The tenth is taken by a hash of the group, so that it does not depend on the order or number of records.
+    The tenth is taken by a hash of the group, so that it does not depend on the order or number of records. Where
+    that holds out fewer than two groups, as in a small set, those with the smallest hashes are held out: two of
+    four or more groups, one of two or three, none where there is no other to train on.
     Raises DataError if only some records name a split.
     """
     named = [record for record in records if record.get("split")]
     if not named:
-        return [{**record, "split": _hashed_split(group_of(record))} for record in records]
+        held_out = _held_out({group_of(record) for record in records})
+        return [{**r, "split": "val" if group_of(r) in held_out else "train"} for r in records]
     if len(named) < len(records):
         example = next(record["id"] for record in records if not record.get("split"))
         raise DataError(
@@ -202,9 +214,16 @@ def select_split(folder: RecordFolder, split: str | None) -> list[Record]:
     return chosen
 
 
-def _hashed_split(group: str) -> str:
-    digest = hashlib.blake2b(group.encode(), digest_size=8).digest()
-    return "val" if int.from_bytes(digest, "big") % 100 < VALIDATION_PERCENT else "train"
+def _held_out(groups: set[str]) -> set[str]:
+    """The groups that are "val"."""
+    hashes = {}
+    for group in groups:
+        digest = hashlib.blake2b(group.encode(), digest_size=8).digest()
+        value = int.from_bytes(digest, "big")
+        hashes[group] = (value % 100, value)
+    count = sum(percent < VALIDATION_PERCENT for percent, _ in hashes.values())
+    count = max(count, 2 if len(groups) >= 4 else 1)
+    return set(sorted(groups, key=hashes.__getitem__)[: min(count, len(groups) - 1)])
 
 
 def _group_repeated_images(records: list[Record]) -> None:
