@@ -56,6 +56,13 @@ def test_shares_are_exact_in_every_block(weights, shares):
         assert len(set(sources[:100])) > 1 or min(shares) < 10
 
 
+def test_orders_of_many_epochs_are_not_all_kept():
+    sampler = Sampler([5, 3], [1, 1], seed=2)
+    first = [sampler(i) for i in range(2 * BLOCK)]
+    assert [len(orders) for orders in sampler._orders] == [2, 2]
+    assert [sampler(i) for i in range(2 * BLOCK)] == first
+
+
 def test_random_access():
     make = lambda: Sampler([13, 400], [0.3, 0.7], seed=9)  # noqa: E731
     forward = [make()(p) for p in range(0, 5000, 7)]

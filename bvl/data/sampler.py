@@ -39,6 +39,8 @@ class Sampler:
         # Sources of a block in a fixed order, and the rank of each place among the places of its source.
         self._source_of = np.repeat(np.arange(len(counts)), counts)
         self._rank_of = np.concatenate([np.arange(c) for c in counts])
+        # By source: epoch -> order of its records, of the two epochs asked for last.
+        self._orders: list[dict[int, np.ndarray]] = [{} for _ in sizes]
 
     def __call__(self, position: int) -> tuple[int, int]:
         """(source, index within the source) at `position`."""
@@ -46,17 +48,31 @@ class Sampler:
         if len(self.sizes) == 1:
             source, place = 0, position
         else:
-            slot = _permutation(BLOCK, self.seed, 0, block)[offset]
+            slot = _block(self.seed, block)[offset]
             source = int(self._source_of[slot])
             place = block * int(self.counts[source]) + int(self._rank_of[slot])
         epoch, index = divmod(place, self.sizes[source])
-        return source, int(_permutation(self.sizes[source], self.seed, 1 + source, epoch)[index])
+        return source, int(self._order(source, epoch)[index])
 
     def replacement(self, source: int, position: int, attempt: int) -> int:
         """Another index of the same source, for a record that could not be read."""
         return int(np.random.default_rng((self.seed, position, attempt)).integers(self.sizes[source]))
 
+    def _order(self, source: int, epoch: int) -> np.ndarray:
+        known = self._orders[source]
+        if epoch not in known:
+            order = _permutation(self.sizes[source], self.seed, 1 + source, epoch)
+            # A new dict instead of a changed one, as several threads read it. Two epochs are enough where reading
+            # ahead crosses from one into the next, and an order of a large source takes much memory.
+            known = self._orders[source] = dict([*list(known.items())[-1:], (epoch, order)])
+        return known[epoch]
+
 
 @functools.lru_cache(maxsize=64)
+def _block(seed: int, block: int) -> np.ndarray:
+    return _permutation(BLOCK, seed, 0, block)
+
+
 def _permutation(size: int, seed: int, stream: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, stream, epoch)).permutation(size)
+    order = np.random.default_rng((seed, stream, epoch)).permutation(size)
+    return order.astype(np.int32) if size <= np.iinfo(np.int32).max else order
