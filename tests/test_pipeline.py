@@ -158,7 +158,7 @@ def test_threads_do_not_matter(mixture, reference):
 
 
 def test_worker_processes_do_not_matter(mixture, reference):
-    other = with_options(mixture, workers=2)
+    other = with_options(mixture, workers=2, threads=5, prefetch=3)
     for a, b in zip(batches(other, 2, 5), reference[2:], strict=True):
         assert_equal(a, b)
 
@@ -299,16 +299,25 @@ def test_several_texts_an_image(reference, mixture):
         assert len(set(batch["text_id"][i].tolist())) == 2 and batch["text_valid"][i].all()
 
 
-@pytest.mark.parametrize("laterality, flipped", [(True, {False}), (False, {True, False})])
-def test_laterality_forbids_flips(folder, laterality, flipped):
+def test_laterality_forbids_horizontal_flips(folder):
     pipeline = make(
-        Source(root=folder, split=None, laterality=laterality),
+        Source(name="sided", root=folder, split=None),
+        Source(name="free", root=folder, split=None, laterality=False),
         augment=Augment(flip_horizontal=True),
-        batch_size=40,
+        batch_size=60,
     )
     (batch,) = batches(pipeline, 0, 1)
     images = batch["image"].astype(int)
-    assert {bool(x[:, 0].sum() > x[:, -1].sum()) for x in images} == flipped
+    for source, flipped in ((0, {False}), (1, {True, False})):
+        of_source = images[batch["source"] == source]
+        assert {bool(x[:, 0].sum() > x[:, -1].sum()) for x in of_source} == flipped
+
+
+def test_a_flip_that_no_source_permits_is_refused(folder):
+    source = Source(root=folder, split=None)
+    with pytest.raises(ConfigError, match="data.train.0.laterality=false"):
+        make(source, augment=Augment(flip_horizontal=True))
+    make(source, augment=Augment(flip_vertical=True))
 
 
 def test_encoded_labels():

@@ -289,7 +289,7 @@ def test_flips_happen_half_of_the_time_and_only_where_permitted():
     assert set(flip_counts(Augment(flip_horizontal=True))) == {(False, False), (True, False)}
     assert set(flip_counts(Augment(flip_vertical=True))) == {(False, False), (False, True)}
     both = Augment(flip_horizontal=True, flip_vertical=True)
-    assert set(flip_counts(both, allow_flip=False)) == {(False, False)}
+    assert set(flip_counts(both, allow_horizontal_flip=False)) == {(False, False), (False, True)}
 
 
 @pytest.mark.parametrize("resize", MODES)

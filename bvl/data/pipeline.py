@@ -35,6 +35,8 @@ class DataConfig:
     """`root` is where sources without a place of their own are read from.
 
     workers: processes (0 = threads of this process, which is enough where PIL does the work).
+    threads, prefetch: threads that build batches, and batches kept ready; with workers they are shared out
+    among them, at least one each.
     texts_per_image: K of the text keys. classes: names of the label columns, None = all labels in training.
     """
 
@@ -96,6 +98,11 @@ class Pipeline:
         self.needs = needs_of(self.keys)
         if Need.TEXT in self.needs and tokenizer is None:
             raise ConfigError("a task reads text, but no tokenizer was given")
+        if config.augment.flip_horizontal and all(s.config.laterality for s in sets):
+            raise ConfigError(
+                "data.augment.flip_horizontal=true mirrors no image, since every source says that left and right "
+                "matter: set data.train.0.laterality=false where they do not, or leave the flip out"
+            )
         needs = {name: needs_of(keys) for name, keys in keys_of_tasks.items()}
         self.indices, self.left_out = zip(*(s.usable(needs) for s in sets), strict=True)
         self.sampler = Sampler([len(i) for i in self.indices], [s.config.weight for s in sets], seed)
@@ -163,7 +170,7 @@ class Pipeline:
                     preprocess=config.preprocess,
                     augment=config.augment,
                     rng=rng,
-                    allow_flip=not record_set.config.laterality,
+                    allow_horizontal_flip=not record_set.config.laterality,
                 )
                 out["image"], out["image_box"] = shown.image, np.asarray(shown.image_box, np.float32)
             out["image_valid"] = np.bool_(record.get("image") is not None)
@@ -194,16 +201,21 @@ class Pipeline:
         dataset = (
             grain.MapDataset.range(start * rows, stop * rows).map(example).batch(rows, batch_fn=_collate)
         )
-        options = grain.ReadOptions(
-            num_threads=self.config.threads, prefetch_buffer_size=self.config.prefetch
-        )
-        if self.config.workers:
+        threads, prefetch, workers = self.config.threads, self.config.prefetch, self.config.workers
+        if workers:
             # grain's worker processes read absl flags, which nobody parsed in a library call.
             if not absl.flags.FLAGS.is_parsed():
                 absl.flags.FLAGS.mark_as_parsed()
-            stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.config.workers))
+            threads = max(1, threads // workers)
+            # Each thread needs a place of its own in the buffer it fills; what is ready moves on to the worker's.
+            options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+            stream = dataset.to_iter_dataset(options).mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=workers, per_worker_buffer_size=max(1, prefetch // workers)
+                )
+            )
         else:
+            options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
             stream = dataset.to_iter_dataset(options)
         for batch in stream:
             bad = batch.pop("bad")

@@ -128,7 +128,7 @@ def _tile(pipeline: Pipeline, position: int, *, augmented: bool, colours: dict[s
                 rng=rng if augmented else None,
                 boxes=np.array(boxes, np.float64).reshape(-1, 4),
                 mask=record.get("mask"),
-                allow_flip=not record_set.config.laterality,
+                allow_horizontal_flip=not record_set.config.laterality,
             )
             picture, legend = _draw(shown, record, scale, colours)
             lines += legend

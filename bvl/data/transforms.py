@@ -106,7 +106,7 @@ class Augment:
     crop_scale: range of the random crop's share of the image area; (1, 1) keeps the evaluation geometry.
     crop_ratio: range of the crop's width / height, drawn evenly in its logarithm, relative to the model input's
       for `shortest_crop` (1 = undistorted) and to the whole image's for `squash` and `pad` (1 = like evaluation).
-    flip_horizontal, flip_vertical: mirror with probability 1/2, where the source permits it.
+    flip_horizontal, flip_vertical: mirror with probability 1/2; horizontally only images of sources without laterality.
     brightness, contrast: b draws a factor from [1 - b, 1 + b]; contrast is about the mean grey value.
     """
 
@@ -161,13 +161,13 @@ def apply(
     rng: np.random.Generator | None = None,
     boxes: Float[np.ndarray, "n 4"] | None = None,
     mask: Int[np.ndarray, "h w"] | None = None,
-    allow_flip: bool = True,
+    allow_horizontal_flip: bool = True,
 ) -> Transformed:
     """Brings one image to the model's size, with its boxes and mask; random only where `augment` is given.
 
     image: an array, or a PIL image of mode L or RGB (as `bvl.data.images.open_image` gives it), which saves a copy.
     boxes: fractions of the image.  mask: ids, for the same field of view (it may have another resolution).
-    allow_flip: False where left and right carry meaning; no flip happens, whatever `augment` says.
+    allow_horizontal_flip: False where left and right carry meaning, whatever `augment` says.
     Raises DataError if the mask's aspect ratio is not the image's.
     """
     if augment is not None and rng is None:
@@ -183,7 +183,7 @@ def apply(
     flips = (False, False)
     if augment is not None:
         picture = _jitter(picture, augment, rng)
-        flips = _random_flips(rng, augment, allow_flip)
+        flips = _random_flips(rng, augment, allow_horizontal_flip)
     if picture.size != (width, height):
         canvas = Image.new(picture.mode, (width, height), (preprocess.fill,) * len(picture.getbands()))
         canvas.paste(picture, placed[:2])
@@ -279,11 +279,13 @@ def _random_crop(
     return x0, y0, min(x0 + crop_width, width), min(y0 + crop_height, height)
 
 
-def _random_flips(rng: np.random.Generator, augment: Augment, allow_flip: bool) -> tuple[bool, bool]:
+def _random_flips(
+    rng: np.random.Generator, augment: Augment, allow_horizontal_flip: bool
+) -> tuple[bool, bool]:
     horizontal, vertical = rng.random(2) < 0.5
     return (
-        bool(allow_flip and augment.flip_horizontal and horizontal),
-        bool(allow_flip and augment.flip_vertical and vertical),
+        bool(allow_horizontal_flip and augment.flip_horizontal and horizontal),
+        bool(augment.flip_vertical and vertical),
     )
 
 
