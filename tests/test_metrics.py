@@ -12,7 +12,6 @@ from bvl.metrics.bootstrap import bootstrap_interval, bootstrap_mean
 from bvl.metrics.classification import (
     accuracy,
     auroc,
-    average_precision,
     balanced_accuracy,
     macro_auroc,
     one_hot,
@@ -130,17 +129,6 @@ def test_auroc_matches_all_pairs_and_scipy():
     assert math.isnan(auroc(np.array([0.0, np.nan]), np.array([0, 1])))
     with pytest.raises(DataError, match="valid"):
         auroc(scores, np.full(50, -1))
-
-
-def test_average_precision():
-    labels = np.array([1, 0, 1, 0])
-    assert average_precision(np.array([4.0, 3.0, 2.0, 1.0]), labels) == pytest.approx((1 + 2 / 3) / 2)
-    assert average_precision(np.zeros(4), labels) == 0.5
-    # Rows of one score are one threshold: their order does not matter.
-    assert average_precision(np.array([1.0, 1.0, 0.0]), np.array([1, 0, 1])) == average_precision(
-        np.array([1.0, 1.0, 0.0]), np.array([0, 1, 1])
-    )
-    assert math.isnan(average_precision(np.arange(4.0), np.zeros(4)))
 
 
 def test_per_class_auroc_masks_entries_and_counts_what_is_undefined():

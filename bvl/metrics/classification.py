@@ -51,25 +51,6 @@ def auroc(scores: Float[np.ndarray, " n"], labels: Num[np.ndarray, " n"] | Bool[
     return float(u / (num_positive * num_negative))
 
 
-def average_precision(
-    scores: Float[np.ndarray, " n"], labels: Num[np.ndarray, " n"] | Bool[np.ndarray, " n"]
-) -> float:
-    """Sum over the distinct thresholds of (recall gained there) x (precision there), without interpolation.
-
-    Equal scores form one threshold, so that the order of the rows cannot matter. NaN when there is no positive
-    or a score is NaN. For a random order the expectation is about the share of positives.
-    """
-    scores, positive = _binary(scores, labels)
-    if not positive.any() or np.isnan(scores).any():
-        return float("nan")
-    order = np.argsort(-scores, kind="stable")
-    scores, positive = scores[order], positive[order]
-    last_of_threshold = np.append(scores[1:] != scores[:-1], True)
-    found = np.cumsum(positive)[last_of_threshold]
-    taken = np.flatnonzero(last_of_threshold) + 1
-    return float(np.sum(np.diff(found, prepend=0) * found / taken) / positive.sum())
-
-
 def per_class_auroc(
     scores: Float[np.ndarray, "n c"],
     labels: Num[np.ndarray, "n c"] | Bool[np.ndarray, "n c"],
