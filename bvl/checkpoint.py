@@ -77,9 +77,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints on disk, ascending."""
         # The manager's own list counts a save that failed, and leaves out what that save was to replace.
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and p.is_dir())
+        return complete_steps(self.folder)
 
     def latest(self) -> int | None:
         steps = self.steps()
@@ -210,6 +208,13 @@ class Checkpoints:
             f"permissions, then run the same command again; it goes on from "
             f"{'step ' + str(good) if good is not None else 'the start, no checkpoint is complete yet'}"
         )
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder that may not exist, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
 
 
 def check_same_shapes(wanted: Any, found: Any, where: str) -> None:

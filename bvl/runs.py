@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bvl import config as config_lib
-from bvl.checkpoint import Checkpoints
+from bvl.checkpoint import Checkpoints, complete_steps
 from bvl.data.images import open_image
 from bvl.data.text import Tokenizer
 from bvl.data.transforms import Preprocess, apply
@@ -72,29 +72,53 @@ class RunFolder:
             file.flush()
             yield
 
-    def claim(self, config: config_lib.Config, *, force: bool) -> None:
-        """Write config.json, or check that the folder was started with this config.
+    def has_checkpoint(self) -> bool:
+        """Is there a complete checkpoint to go on from?"""
+        return bool(complete_steps(self.checkpoints))
 
+    def claim(self, config: config_lib.Config, *, force: bool) -> None:
+        """Check that the folder is free or was started with this config; a free one gets its config.json.
+
+        A folder without a complete checkpoint is free: what an earlier attempt derived from its data is removed
+        and made again. Where there is one, nothing is written before `keep_config`.
         Raises RunFolderError with the differing keys unless `force`.
         """
-        if self.config.is_file():
-            old = json.loads(self.config.read_text())
-            lines = config_lib.difference(old, config_lib.to_dict(config))
-            if lines and not self.checkpoints.exists():
-                # The first attempt failed before its first step; what it derived from its data goes with it.
-                self.tokenizer.unlink(missing_ok=True)
-                self.classes.unlink(missing_ok=True)
-            elif lines and not force:
-                raise RunFolderError(
-                    f"workdir {self.path} belongs to another config:\n  "
-                    + "\n  ".join(lines)
-                    + "\nchoose another workdir, or add --force to go on with the new values"
-                )
-        elif self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+        if self.config.is_file() and "format_version" not in _read_object(self.config):
+            raise RunFolderError(
+                f"workdir {self.path} holds a config.json of something else; choose another workdir"
+            )
+        if not self.has_checkpoint():
+            if self.config.is_file():
+                for file in (self.tokenizer, self.classes, self.env):
+                    file.unlink(missing_ok=True)
+            write_atomic(self.config, config_lib.dump(config))
+            return
+        if not self.config.is_file():
             raise RunFolderError(
                 f"workdir {self.path} has checkpoints but no config.json; choose another workdir"
             )
+        old = json.loads(self.config.read_text())
+        lines = config_lib.difference(old, config_lib.to_dict(config))
+        if lines and not force:
+            raise RunFolderError(
+                f"workdir {self.path} belongs to another config:\n  "
+                + "\n  ".join(lines)
+                + "\nchoose another workdir, or add --force to go on with the new values"
+            )
+
+    def keep_config(self, config: config_lib.Config) -> None:
+        """Write config.json and preprocess.json, once the folder's checkpoint is known to fit them."""
         write_atomic(self.config, config_lib.dump(config))
+        write_atomic(self.preprocess, json.dumps(config.data.preprocess.to_dict(), indent=2) + "\n")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty where there is none."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_atomic(path: Path, text: str) -> None:

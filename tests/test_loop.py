@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -345,3 +346,40 @@ def test_images_and_labels_without_any_text(tmp_path):
     assert components.classes == ("a", "b") and components.tokenizer.vocab_size == 4
     with pytest.raises(DataError, match="text"):
         train(tiny_config(tmp_path / "other", steps=3, data=data_of(root)))
+
+
+def test_a_forced_model_that_does_not_fit_leaves_the_folder_whole(first_run, tmp_path):
+    run = shutil.copytree(first_run, tmp_path / "run")
+    before = {name: (run / name).read_text() for name in ("config.json", "preprocess.json", "env.json")}
+    config = tiny_config(run, steps=8)
+    wider = dataclasses.replace(config.model, embed_dim=24)
+    data = dataclasses.replace(config.data, preprocess=Preprocess(image_size=32, mean=(0.1, 0.2, 0.3)))
+    with pytest.raises(CheckpointError, match="arrays differ"):
+        train(dataclasses.replace(config, model=wider, data=data), force=True)
+    assert {name: (run / name).read_text() for name in before} == before
+    assert load_components(run).step == 6
+    assert train(config, force=True) == 0
+    starts = json.loads((run / "env.json").read_text())
+    assert [start["from_step"] for start in starts] == [0, 6] and starts[0] == json.loads(before["env.json"])[
+        0
+    ]
+
+
+def test_started_again_before_the_first_checkpoint(first_run, tmp_path):
+    """What a killed start left is made again and the end is the same."""
+    config = tiny_config(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    for name in ("tokenizer.json", "classes.json", "config.json", "metrics.jsonl"):
+        shutil.copy(first_run / name, tmp_path / "run" / name)
+    assert train(config) == 0
+    assert_same_runs(tmp_path / "run", first_run)
+
+
+def test_resumes_although_init_from_is_gone(first_run, tmp_path):
+    other = shutil.copytree(first_run, tmp_path / "other")
+    config = tiny_config(tmp_path / "run", steps=4, init_from=str(other), seed=3)
+    with stopped_at(2):
+        assert train(config) == 130
+    shutil.rmtree(other)
+    assert train(config) == 0
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == (first_run / "tokenizer.json").read_text()

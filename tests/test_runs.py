@@ -68,38 +68,52 @@ def test_claim_by_the_same_config(tmp_path):
     run = RunFolder(tmp_path / "run")
     config = tiny_config(run.path)
     run.claim(config, force=False)
-    run.checkpoints.mkdir()
+    (run.checkpoints / "2").mkdir(parents=True)
     run.claim(config, force=False)
     # What changes no number may differ.
     free = dataclasses.replace(
         config, log=dataclasses.replace(config.log, every=1), checkpoint=CheckpointConfig(every=1)
     )
     run.claim(free, force=False)
+    assert config_lib.load_dump(run.config) == config, "not before the checkpoint was read"
+    run.keep_config(free)
     assert config_lib.load_dump(run.config) == free
 
 
 def test_claim_by_another_config(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.claim(tiny_config(run.path), force=False)
-    run.checkpoints.mkdir()
+    (run.checkpoints / "2").mkdir(parents=True)
     other = tiny_config(run.path, steps=7, optim=OptimConfig(lr=2e-3, warmup_steps=2))
     with pytest.raises(RunFolderError, match=r"(?s)optim.lr: 0.001 -> 0.002\n.*steps: 6 -> 7\n.*--force"):
         run.claim(other, force=False)
     assert config_lib.load_dump(run.config).steps == 6, "refused means unchanged"
     run.claim(other, force=True)
-    assert config_lib.load_dump(run.config) == other
 
 
-def test_a_folder_that_never_got_to_training_is_free(tmp_path):
-    """A first attempt that failed on its data leaves nothing that a mended config has to be forced over."""
+@pytest.mark.parametrize("left", [None, "2.orbax-checkpoint-tmp"])
+def test_a_folder_without_a_complete_checkpoint_is_free(tmp_path, left):
+    """A first attempt that failed or was killed early leaves nothing that a mended config has to be forced over."""
     run = RunFolder(tmp_path / "run")
     run.claim(tiny_config(run.path), force=False)
+    if left:
+        (run.checkpoints / left).mkdir(parents=True)
     run.tokenizer.write_text("{}")
     run.classes.write_text("[]")
     other = tiny_config(run.path, seed=5)
     run.claim(other, force=False)
     assert config_lib.load_dump(run.config) == other
     assert not run.tokenizer.exists() and not run.classes.exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    run = RunFolder(tmp_path)
+    for text in ('{"architectures": ["X"]}', "no json"):
+        run.config.write_text(text)
+        run.tokenizer.write_text("{}")
+        with pytest.raises(RunFolderError, match="config.json of something else"):
+            run.claim(tiny_config(run.path), force=True)
+        assert run.config.read_text() == text and run.tokenizer.exists()
 
 
 def test_checkpoints_without_a_config(tmp_path):

@@ -21,7 +21,7 @@ from bvl.mesh import check_batch_size, make_mesh, replicated, shardings_of, to_g
 from bvl.runs import Components, Encoder, RunFolder, build_model, load_components, write_atomic
 from bvl.tasks.base import ModelInfo
 from bvl.train.bad_records import BadRecords
-from bvl.train.environment import describe_environment, enable_compilation_cache, keep_freed_memory
+from bvl.train.environment import describe_environment, enable_compilation_cache
 from bvl.train.metrics_log import MetricsLog, ProgressLines, Stopwatch
 from bvl.train.optim import make_optimizer, make_schedule
 from bvl.train.setup import (
@@ -52,7 +52,6 @@ def train(config: Config, *, force: bool = False) -> int:
     """
     if config.workdir is None:
         raise ConfigError("no run folder: add workdir=DIR, for example workdir=runs/my_run")
-    keep_freed_memory()
     run = RunFolder(config.workdir)
     with run.lock():
         try:
@@ -70,13 +69,15 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh, jax.process_count())
     run.claim(config, force=force)
-    start_from = load_components(config.init_from, use_ema=False) if config.init_from else None
+    # Not where the run has a checkpoint of its own: it goes on although the other folder may be gone.
+    start_from = None
+    if config.init_from is not None and not run.has_checkpoint():
+        start_from = load_components(config.init_from, use_ema=False)
     data = prepare_data(config, run, start_from)
     for line in data.pipeline.summary():
         logger.info(line)
     suites = place_suites(config)
     check_suites(config, suites)
-    write_atomic(run.env, json.dumps(describe_environment(data.licences), indent=2) + "\n")
 
     frozen = load_frozen(config, data.tokenizer)
     program = Program(
@@ -106,6 +107,7 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     )
     try:
         state, sums = first_state(config, checkpoints, init, shardings, start_from, data.tokenizer, mesh)
+        run.keep_config(config)
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
         logger.info(
             "%.2fM parameters on %d device(s), mesh %s", num_params / 1e6, mesh.size, dict(mesh.shape)
@@ -113,6 +115,7 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
         if int(state.step) >= config.steps:
             logger.info("complete: %s stands at step %d of %d", run.path, state.step, config.steps)
             return 0
+        _note_start(run, int(state.step), data.licences)
         components = Components(
             model=program.model,
             params=None,
@@ -135,6 +138,15 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
         return loop.run_to_end(state, sums)
     finally:
         checkpoints.close()
+
+
+def _note_start(run: RunFolder, step: int, licences: dict[str, dict[str, int]]) -> None:
+    """Add this start to the list in env.json."""
+    starts = json.loads(run.env.read_text()) if run.env.is_file() else []
+    # Run folders of older versions hold the last start alone.
+    starts = starts if isinstance(starts, list) else [starts]
+    starts.append({"from_step": step, **describe_environment(licences)})
+    write_atomic(run.env, json.dumps(starts, indent=2) + "\n")
 
 
 @dataclasses.dataclass
@@ -189,6 +201,8 @@ class _Loop:
                         watch.reset()
                     scores = None
                     if last or _due(step, config.eval.every):
+                        # Parameters that are no numbers may not take the place of the last evaluation.
+                        self._check_finite(unchecked)
                         with watch.part("other"):
                             scores = self.evaluate(state, step)
                     candidate = bool(scores) and config.checkpoint.best is not None

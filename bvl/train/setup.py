@@ -93,7 +93,6 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
             f"{run.path}: the labels of the training records are not those the run was started with ({run.classes})"
         )
     write_atomic(run.classes, json.dumps(list(classes)) + "\n")
-    write_atomic(run.preprocess, json.dumps(config.data.preprocess.to_dict(), indent=2) + "\n")
     pipeline = Pipeline(
         config.data,
         sets=sets,
