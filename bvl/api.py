@@ -100,7 +100,7 @@ class Model:
 
         "<suite>/<metric>" -> value, "<suite>/<metric>/ci95" -> [low, high], "<suite>/provenance" -> what they depend on.
         """
-        suites = suites_for(folder, split=split, name=name)
+        suites = suites_for(folder, split=split, name=name, config=self.config)
         return evaluate(self.components, suites, batch_size=batch_size).flat()
 
 

@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--data", required=True, help="folder with records.jsonl or a CSV, or the file itself"
     )
-    evaluate.add_argument("--split", help="split to read; default: test, else val, else all records")
+    evaluate.add_argument(
+        "--split",
+        help="split to read; default: test, else val (where the run held some out), else all records",
+    )
     evaluate.add_argument("--name", help="name of the result, default: the folder's name")
     _reading(evaluate)
 
@@ -155,14 +158,19 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from bvl.evals.base import evaluate, write_eval
+    from bvl.data.records import folder_name
+    from bvl.evals.base import check_name, evaluate, write_eval
     from bvl.evals.folder import suites_for
     from bvl.evals.table import print_table
     from bvl.runs import RunFolder, load_components
+    from bvl.train.environment import enable_compilation_cache
 
-    suites = suites_for(args.data, split=args.split, name=args.name)
+    enable_compilation_cache()
+    # Whatever is wrong with the data's place or the name is said before the model is loaded.
+    name = folder_name(args.data) if args.name is None else args.name
+    check_name(name)
     components = load_components(args.run_folder, checkpoint=_checkpoint(args.checkpoint))
-    name = args.name or Path(args.data).resolve().stem
+    suites = suites_for(args.data, split=args.split, name=name, config=components.config)
     run = RunFolder(args.run_folder)
     metrics = write_eval(run, evaluate(components, suites, batch_size=args.batch_size), name=name)
     print_table(metrics)
@@ -173,7 +181,9 @@ def _eval(args: argparse.Namespace) -> int:
 def _embed(args: argparse.Namespace) -> int:
     from bvl.evals.embed import embed_to_file, list_images
     from bvl.runs import load_components
+    from bvl.train.environment import enable_compilation_cache
 
+    enable_compilation_cache()
     records = list_images(args.images, split=args.split)
     components = load_components(args.run_folder, checkpoint=_checkpoint(args.checkpoint))
     out = Path(args.out)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from bvl import cli
 from bvl.errors import DataError
+from bvl.evals.embed import list_images
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -89,6 +90,20 @@ def test_embed_names_a_missing_run(tmp_path, capsys):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     assert run("embed", str(tmp_path / "run"), str(tmp_path / "a.png"), "--out", str(tmp_path / "x.npz")) == 1
     assert str(tmp_path / "run") in capsys.readouterr().err
+
+
+def test_a_bad_name_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    assert run("eval", str(tmp_path / "run"), "--data", str(tmp_path), "--name", "a/b") == 1
+    assert "evaluation name 'a/b'" in capsys.readouterr().err
+
+
+def test_images_of_several_folders_have_ids_of_their_own(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / folder / "0.png")
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert [record["id"] for record in list_images([a])] == ["0.png"]
+    assert [record["id"] for record in list_images([a, b])] == [f"{a}/0.png", f"{b}/0.png"]
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,12 @@ def test_labels_that_do_not_fit_are_refused_before_training(tmp_path, options, m
         suite.check()
 
 
+def test_templates_may_hold_other_braces(tmp_path):
+    source = Source(root=write_folder(tmp_path / "a", labelled(2)), split=None)
+    prompts = ZeroShot(source=source, templates=("{x} {}",)).class_prompts()
+    assert prompts == {"Cat": ("{x} cat",), "big_Dog": ("{x} big dog",)}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -264,6 +270,8 @@ def test_retrieval_without_texts_is_refused(tmp_path):
         Retrieval(source=source).check()
     source = Source(root=write_folder(tmp_path / "b", labelled(4, caption="same")), split=None)
     with pytest.raises(DataError, match="all texts are equal"):
+        Retrieval(source=source).check()
+    with pytest.raises(DataError, match="(?s)suite Retrieval: .*hold out more records.*eval.suites={}"):
         Retrieval(source=source).check()
     with pytest.raises(ConfigError, match="max_images=1"):
         Retrieval(source=source, max_images=1)
@@ -461,6 +469,32 @@ def test_folder_split_falls_back_to_val_then_to_everything(tmp_path, caplog):
     without = write_folder(tmp_path / "b", labelled(6))
     assert suites_for(without)["zeroshot_b"].source.split is None
     assert "all records" in caplog.text
+
+
+def trained_on(components, *sources):
+    data = dataclasses.replace(components.config.data, train=sources, root=None)
+    return dataclasses.replace(components, config=dataclasses.replace(components.config, data=data))
+
+
+def test_folder_of_a_run_reads_what_training_held_out(tmp_path, components, caplog):
+    caplog.set_level("INFO")
+    root = write_folder(tmp_path / "a", labelled(12))
+    ran = trained_on(components, Source(root=root), Source(phantoms=PHANTOMS))
+    suites = suites_for(f"{root}/records.jsonl", config=ran.config)
+    assert suites["zeroshot_a"].source.split == "val"
+    assert "held out" in caplog.text and "MAY HAVE BEEN TRAINED" not in caplog.text
+    result = suites["zeroshot_a"].run(ran, batch_size=4)
+    assert result.provenance["num_records"] == 2 and "overlaps_training" not in result.provenance
+
+
+@pytest.mark.parametrize("trained, split", [(None, None), (None, "val"), ("train", "train")])
+def test_records_of_the_training_are_marked(tmp_path, components, caplog, trained, split):
+    root = write_folder(tmp_path / "a", labelled(30))
+    ran = trained_on(components, Source(root=root, split=trained))
+    suite = suites_for(root, split=split, config=ran.config)["zeroshot_a"]
+    assert suite.source.split == split
+    assert "MAY HAVE BEEN TRAINED ON THESE RECORDS" in caplog.text
+    assert suite.run(ran, batch_size=16).provenance["overlaps_training"] is True
 
 
 def test_folder_with_none_or_several_labels_is_multi_label(tmp_path):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bvl.data.records import assign_splits, group_of, has_groups, read_records, select_split
+from bvl.data.records import assign_splits, folder_name, group_of, has_groups, read_records, select_split
 from bvl.errors import DataError
 
 
@@ -170,6 +170,15 @@ def test_not_utf8(tmp_path, raw, hint):
     path = tmp_path / "set.csv"
     path.write_bytes("image,text\na.png,café\n".encode("latin-1"))
     assert "line 2" in error_of(path) and "not UTF-8" in error_of(path)
+
+
+def test_names_keep_their_dots(tmp_path):
+    folder = tmp_path / "set.v2"
+    folder.mkdir()
+    write_jsonl(folder, {"image": "a.png"})
+    assert (
+        folder_name(folder) == folder_name(folder / "records.jsonl") == read_records(folder).name == "set.v2"
+    )
 
 
 def test_missing_paths_name_what_is_there(tmp_path):

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -20,6 +21,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bvl import config as config_lib
+from bvl.config import Config
+from bvl.data.manifests import find_manifest
 from bvl.data.sources import RecordSet, Source
 from bvl.errors import ConfigError, DataError, ImageError
 from bvl.metrics.bootstrap import Interval
@@ -84,7 +87,17 @@ class Suite:
         return functools.cache(lambda field: RecordSet(getattr(self, field)))
 
     def check(self) -> None:
-        """Raise DataError now for what `run` could not use later."""
+        """Raise DataError, with a way out, now for what `run` could not use later in a training run."""
+        try:
+            self.check_records()
+        except DataError as error:
+            raise DataError(
+                f"evaluation suite {type(self).__name__}: {error}\n  Mend that, hold out more records, or train without "
+                f"evaluation: eval.suites={{}} checkpoint.best=null"
+            ) from error
+
+    def check_records(self) -> None:
+        """Raise DataError for records that `run` cannot use."""
         raise NotImplementedError
 
     def run(self, components: Components, *, batch_size: int, cache: Cache | None = None) -> EvalResult:
@@ -115,10 +128,8 @@ def write_eval(run: RunFolder, evaluation: Evaluation, *, name: str | None = Non
     eval/<name>.json and predictions/<name>.<suite>.jsonl and touch neither. "<suite>/provenance" stands in the
     same file as the numbers.
     """
-    if name is not None and (not name or set(name) & set('/\\:*?"<>|') or name.startswith(".")):
-        raise ConfigError(
-            f'evaluation name {name!r}: it becomes a file name, so leave out / \\ : * ? " < > |'
-        )
+    if name is not None:
+        check_name(name)
     for suite, rows in evaluation.per_example.items():
         file = f"{suite}.jsonl" if name is None else f"{name}.{suite}.jsonl"
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -126,6 +137,14 @@ def write_eval(run: RunFolder, evaluation: Evaluation, *, name: str | None = Non
     path = run.eval if name is None else run.evals / f"{name}.json"
     write_atomic(path, json.dumps(evaluation.flat(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return evaluation.metrics
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError for a name of an evaluation that cannot be that of a file."""
+    if not name or set(name) & set('/\\:*?"<>|') or name.startswith("."):
+        raise ConfigError(
+            f'evaluation name {name!r}: it becomes a file name, so leave out / \\ : * ? " < > | and dots in front'
+        )
 
 
 class Collector:
@@ -144,6 +163,26 @@ class Collector:
             self.metrics[f"{name}/ci95"] = [interval.low, interval.high]
 
 
+def overlaps_training(config: Config, source: Source) -> bool:
+    """Whether a run of `config` may have trained on records of `source`: the same place, and no other split."""
+    return any(
+        same_place(trained, source)
+        and (None in (trained.split, source.split) or trained.split == source.split)
+        for trained in config.data.sources()
+    )
+
+
+def same_place(a: Source, b: Source) -> bool:
+    """Whether two sources read the same file of records, or the same phantoms."""
+    if a.root is None or b.root is None:
+        return a.phantoms is not None and a.phantoms == b.phantoms
+    try:
+        return find_manifest(Path(a.root)).samefile(find_manifest(Path(b.root)))
+    except DataError:
+        # What a run was trained on may be gone since.
+        return False
+
+
 def provenance(
     components: Components,
     record_set: RecordSet,
@@ -156,9 +195,11 @@ def provenance(
 ) -> dict[str, Any]:
     """What a suite's numbers depend on: the records, the intervals, the preprocessing and the weights.
 
-    indices: the records that were evaluated.
+    indices: the records that were evaluated. "overlaps_training" is there, and true, where the model may have been
+    trained on them.
     """
     groups = record_set.groups()
+    overlaps = overlaps_training(components.config, record_set.config)
     return {
         "source": record_set.name,
         "split": record_set.config.split,
@@ -179,6 +220,7 @@ def provenance(
         "tokenizer_hash": components.tokenizer.hash,
         "weights_hash": components.weights_hash(),
         "step": components.step,
+        **({"overlaps_training": True} if overlaps else {}),
         **more,
     }
 

@@ -34,20 +34,26 @@ class Embedded:
 def list_images(places: Sequence[str | Path], *, split: str | None = None) -> list[dict[str, Any]]:
     """Records of what `places` name: manifests, folders with one, folders of images (searched to the bottom), files.
 
-    Each has "id", "image" and "root"; those of a manifest keep their texts. Raises DataError for a place without images.
+    Each has "id", "image" and "root"; those of a manifest keep their texts. The id is that of the manifest or the
+    path within the folder, behind the place's own name where several are given. Raises DataError for a place without images.
     """
     extensions = tuple(Image.registered_extensions())
     found: list[dict[str, Any]] = []
     for place in map(Path, places):
+        prefix = f"{place}/" if len(places) > 1 else ""
         if _is_manifest(place):
             folder = read_records(place)
             records = select_split(folder, split)
-            found += [{**r, "root": folder.root} for r in records if r.get("image") is not None]
+            found += [
+                {**r, "id": prefix + r["id"], "root": folder.root}
+                for r in records
+                if r.get("image") is not None
+            ]
         elif place.is_dir():
             files = sorted(p for p in place.rglob("*") if p.suffix.lower() in extensions and p.is_file())
             if not files:
                 raise DataError(f"{place}: no image files and no records.jsonl or CSV in this folder")
-            found += [{"id": str(p.relative_to(place)), "image": str(p), "root": None} for p in files]
+            found += [{"id": f"{prefix}{p.relative_to(place)}", "image": str(p), "root": None} for p in files]
         elif place.exists():
             found.append({"id": str(place), "image": str(place), "root": None})
         else:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from bvl.config import Config
 from bvl.data.records import read_records, select_split
 from bvl.data.sources import Source
 from bvl.errors import DataError
-from bvl.evals.base import Suite, fields_of
+from bvl.evals.base import Suite, fields_of, overlaps_training, same_place
 from bvl.evals.retrieval import Retrieval
 from bvl.evals.zeroshot import ZeroShot
 
@@ -19,15 +20,19 @@ TEXT_FIELDS = ("caption", "alt_text", "findings", "impression")
 TEMPLATES = ("{}", "an image of {}", "a medical image showing {}")
 
 
-def suites_for(folder: str | Path, *, split: str | None = None, name: str | None = None) -> dict[str, Suite]:
+def suites_for(
+    folder: str | Path, *, split: str | None = None, name: str | None = None, config: Config | None = None
+) -> dict[str, Suite]:
     """The suites of a folder of records, by name: `retrieval_<name>` and `zeroshot_<name>`; what was chosen is logged.
 
     Retrieval runs where records have a text. Zero-shot takes one class an image where every record that has labels
     has exactly one (named by its class_prompt, if there is one, else by its label), and each label on its own
     ("label" against "no label") otherwise.
 
-    split: None = "test" where records name such a split, else "val", else all records.
+    split: None = "test" where records name such a split, else "val", else all records; but where they name none and
+    the run trained on "train" of them, the tenth "val" that it held out.
     name: None = the folder's name.
+    config: of the run to evaluate. A warning says where it may have been trained on the records.
     Raises DataError if the records allow neither.
     """
     records = read_records(folder)
@@ -35,18 +40,26 @@ def suites_for(folder: str | Path, *, split: str | None = None, name: str | None
     named = {record["split"] for record in records.records if record.get("split")}
     if split is None:
         split = next((s for s in ("test", "val") if s in named), None)
-        logger.info(
-            "%s: evaluating %s", name, f"split {split!r}" if split else "all records (no test or val split)"
-        )
+        why = "" if split else " (no test or val split)"
+        if not named and _trained_splits(config, str(folder)) == {"train"}:
+            split, why = "val", " (the tenth of these records that training held out)"
+        logger.info("%s: evaluating %s%s", name, f"split {split!r}" if split else "all records", why)
     select_split(records, split)  # a split that is not there is an error of its own
     source = Source(name=name, root=str(folder), split=split)
+    if config is not None and overlaps_training(config, source):
+        logger.warning(
+            "%s: THE MODEL MAY HAVE BEEN TRAINED ON THESE RECORDS (%s), so the results say little about new images; "
+            "choose a split that was held out",
+            name,
+            f"split {split!r}" if split else "all splits",
+        )
 
     suites: dict[str, Suite] = {}
     reasons = []
     for suite_name, make in (("retrieval", _retrieval), ("zeroshot", _zeroshot)):
         try:
             suite = make(source)
-            suite.check()
+            suite.check_records()
         except DataError as error:
             reasons.append(f"no {suite_name}: {error}")
             logger.info("%s: no %s, since %s", name, suite_name, error)
@@ -55,6 +68,12 @@ def suites_for(folder: str | Path, *, split: str | None = None, name: str | None
     if not suites:
         raise DataError(f"{folder}: nothing to evaluate.\n  " + "\n  ".join(reasons))
     return suites
+
+
+def _trained_splits(config: Config | None, folder: str) -> set[str | None]:
+    """The splits of this folder that a run was trained on."""
+    trained = config.data.sources() if config is not None else ()
+    return {source.split for source in trained if same_place(source, Source(root=folder))}
 
 
 def _retrieval(source: Source) -> Suite:

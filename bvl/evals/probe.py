@@ -64,14 +64,14 @@ class LinearProbe(Suite):
             )
         return train, test
 
-    def check(self) -> None:
+    def check_records(self) -> None:
         train, test = self.tables
         require_outcomes(train, self.opened("train"), self.by)
         require_outcomes(test, self.opened("test"), self.by)
         self._split(self._groups("train", train.indices))
 
     def run(self, components: Components, *, batch_size: int, cache: Cache | None = None) -> EvalResult:
-        self.check()
+        self.check_records()
         train, test = self.tables
         features, targets, valid, groups, unreadable, kept = {}, {}, {}, {}, {}, {}
         for part, table in (("train", train), ("test", test)):

@@ -81,7 +81,7 @@ class Retrieval(Suite):
             chosen = [chosen[i] for i in sorted(order)]
         return [(n, i, texts[i]) for n, records in enumerate(chosen) for i in records], dict(left_out)
 
-    def check(self) -> None:
+    def check_records(self) -> None:
         pairs, _ = self._pairs
         if len({text_id(text) for _, _, text in pairs}) < 2:
             raise DataError(
@@ -89,7 +89,7 @@ class Retrieval(Suite):
             )
 
     def run(self, components: Components, *, batch_size: int, cache: Cache | None = None) -> EvalResult:
-        self.check()
+        self.check_records()
         record_set = self.opened()
         pairs, left_out = self._pairs
         first_record = {number: index for number, index, _ in reversed(pairs)}

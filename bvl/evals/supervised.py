@@ -24,7 +24,7 @@ class Supervised(Suite):
     source: Source
     task: str = "classify"
 
-    def check(self) -> None:
+    def check_records(self) -> None:
         # Whether one label or several are meant is the task's to say; that there are labels must hold anyway.
         label_table(self.opened(), by="labels", multi_label=True)
 

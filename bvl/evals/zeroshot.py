@@ -80,7 +80,7 @@ class ZeroShot(Suite):
             classes=tuple(self.prompts) if self.prompts else None,
         )
 
-    def check(self) -> None:
+    def check_records(self) -> None:
         if self.multi_label:
             require_outcomes(self.table, self.opened(), self.by)
         elif len(self.table.classes) < 2:
@@ -102,18 +102,18 @@ class ZeroShot(Suite):
         out: dict[str, Prompts] = {}
         for name in self.table.classes:
             plain = name.lower().replace("_", " ")
-            positive = tuple(sorted(named[name])) or tuple(t.format(plain) for t in self.templates)
+            positive = tuple(sorted(named[name])) or tuple(t.replace("{}", plain) for t in self.templates)
             if self.multi_label:
                 out[name] = {
                     "positive": positive,
-                    "negative": tuple(t.format(f"no {plain}") for t in self.templates),
+                    "negative": tuple(t.replace("{}", f"no {plain}") for t in self.templates),
                 }
             else:
                 out[name] = positive
         return out
 
     def run(self, components: Components, *, batch_size: int, cache: Cache | None = None) -> EvalResult:
-        self.check()
+        self.check_records()
         record_set, table, prompts = self.opened(), self.table, self.class_prompts()
         image, kept, unreadable = encode_records(
             components, record_set, table.indices, need="embed", batch_size=batch_size, cache=cache
