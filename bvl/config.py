@@ -44,7 +44,7 @@ class EvalConfig:
     every: int = 0
     suites: dict[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 256
-    # Exponential moving average of the parameters, where the optimiser keeps one.
+    # Exponential moving average of the parameters, where the optimiser keeps one; also what is loaded later.
     use_ema: bool = True
 
     def __post_init__(self):
@@ -92,7 +92,8 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    # Run folder whose parameters this run starts from (its own checkpoint wins when there is one).
+    # Run folder whose parameters this run starts from: those of its optimiser, not their moving average, resampled
+    # to this image size. This run's own checkpoint wins when there is one.
     init_from: str | None = None
     # Run folder whose whole state (optimiser and step too) this run continues.
     resume_from: str | None = None

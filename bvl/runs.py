@@ -237,12 +237,12 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def load_components(
-    spec: str | Path, *, checkpoint: str | int = "latest", use_ema: bool = True
+    spec: str | Path, *, checkpoint: str | int = "latest", use_ema: bool | None = None
 ) -> Components:
     """Load a run folder onto one device. Needs nothing outside the folder.
 
     checkpoint: "latest", "best" (by the config's checkpoint.best), or a step.
-    use_ema: take the moving average of the parameters where the run keeps one.
+    use_ema: take the moving average of the parameters where the run keeps one; None = as its eval.use_ema says.
     Raises RunFolderError or CheckpointError.
     """
     run = RunFolder(spec)
@@ -265,6 +265,7 @@ def load_components(
     checkpoints = Checkpoints(run.checkpoints, read_only=True, tokenizer=tokenizer.hash)
     try:
         step = _choose(checkpoints, checkpoint, config, run.path)
+        use_ema = config.eval.use_ema if use_ema is None else use_ema
         item = "ema" if use_ema and checkpoints.describe(step, "ema") is not None else "params"
         mesh = make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
         abstract = jax.tree.map(
@@ -295,6 +296,10 @@ def _choose(checkpoints: Checkpoints, wanted: str | int, config: config_lib.Conf
                 f"{path}: no checkpoint has the metric checkpoint.best={name!r}; steps are {steps}"
             )
         return step
+    if not str(wanted).isdigit():
+        raise CheckpointError(
+            f"{path} has no checkpoint {wanted!r}: give latest, best or one of the steps {steps}"
+        )
     if int(wanted) not in steps:
         raise CheckpointError(f"{path} has no checkpoint of step {wanted}; steps are {steps}")
     return int(wanted)

@@ -15,6 +15,7 @@ from kill_and_resume import Runner, assert_same_runs
 from PIL import Image
 from tasks_for_tests import Centre
 from tiny_run import (
+    PHANTOMS,
     assert_same_trees,
     fast_compilation,  # noqa: F401
     metric_rows,
@@ -22,15 +23,19 @@ from tiny_run import (
     tiny_config,
 )
 
-from bvl.config import CheckpointConfig, LogConfig
+from bvl.config import CheckpointConfig, EvalConfig, LogConfig
+from bvl.data.phantoms import MODALITY_PROMPTS
 from bvl.data.pipeline import DataConfig
 from bvl.data.sources import Source
 from bvl.data.text import TokenizerConfig
 from bvl.data.transforms import Preprocess
 from bvl.errors import CheckpointError, ConfigError, DataError, RunFolderError
-from bvl.runs import load_components
+from bvl.evals.zeroshot import ZeroShot
+from bvl.models.vit import resize_positions
+from bvl.runs import RunFolder, load_components
 from bvl.tasks.classify import Classify
 from bvl.tasks.contrastive import Contrastive
+from bvl.train.bad_records import BadRecords
 from bvl.train.loop import TrainingFailed, train
 from bvl.train.optim import OptimConfig
 
@@ -383,3 +388,69 @@ def test_resumes_although_init_from_is_gone(first_run, tmp_path):
     shutil.rmtree(other)
     assert train(config) == 0
     assert (tmp_path / "run" / "tokenizer.json").read_text() == (first_run / "tokenizer.json").read_text()
+
+
+def evaluated(workdir, **checkpoint):
+    suite = ZeroShot(source=Source(phantoms=PHANTOMS, split="val"), prompts=MODALITY_PROMPTS, by="modality")
+    return tiny_config(
+        workdir, eval=EvalConfig(every=2, suites={"zero": suite}), checkpoint=CheckpointConfig(**checkpoint)
+    )
+
+
+def test_every_evaluation_is_a_row(tmp_path):
+    """Beside the rows of the losses, and the same after a resume."""
+    for name in ("whole", "parts"):
+        config = evaluated(tmp_path / name, every=3)
+        if name == "parts":
+            with stopped_at(4):
+                assert train(config) == 130
+        assert train(config) == 0
+    rows = metric_rows(tmp_path / "whole")
+    assert [row["step"] for row in rows] == [2, 2, 4, 4, 6, 6]
+    final = json.loads((tmp_path / "whole" / "eval.json").read_text())
+    assert rows[-1]["eval/zero/accuracy"] == final["zero/accuracy"] and "loss/total" not in rows[-1]
+    assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_best_is_misspelt(tmp_path):
+    with pytest.raises(
+        ConfigError, match="best='zero/acuracy' is no metric.*step 2; nearest is 'zero/accuracy'"
+    ):
+        train(evaluated(tmp_path / "run", every=0, best="zero/acuracy"))
+    assert train(evaluated(tmp_path / "run", every=0, best="zero/accuracy")) == 0
+    assert metric_rows(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_parameters_that_are_no_numbers_are_not_evaluated(tmp_path, monkeypatch):
+    monkeypatch.setattr("bvl.train.loop._evaluate", lambda *_: pytest.fail("evaluated"))
+    optim = OptimConfig(name="sgd", lr=1e30, schedule="constant", warmup_steps=0, clip_norm=None)
+    config = dataclasses.replace(evaluated(tmp_path / "run"), optim=optim, log=LogConfig(every=0))
+    with pytest.raises(TrainingFailed):
+        train(config)
+
+
+def test_sigmoid_needs_a_bias(tmp_path):
+    config = tiny_config(tmp_path / "run", tasks={"pairs": Contrastive(loss_type="sigmoid")})
+    with pytest.raises(ConfigError, match="model.init_bias=-10 model.init_temperature=0.1"):
+        train(config)
+
+
+def test_one_unreadable_record_is_always_allowed(tmp_path):
+    bad = {"source": "s", "error": "broken"}
+    records = BadRecords(RunFolder(tmp_path), num_records=20, max_fraction=0.01, resume_step=0)
+    records.add(1, [{"id": "a", **bad}])
+    with pytest.raises(DataError, match="2 of 20"):
+        records.add(2, [{"id": "b", **bad}])
+    records.close()
+
+
+def test_init_from_at_another_image_size(first_run, tmp_path):
+    """The positions are resampled, everything else is the same."""
+    frozen = OptimConfig(name="sgd", lr=1.0, warmup_steps=0, freeze=(".*",), clip_norm=None)
+    config = tiny_config(tmp_path / "run", steps=1, init_from=str(first_run), optim=frozen)
+    data = dataclasses.replace(config.data, preprocess=Preprocess(image_size=48))
+    assert train(dataclasses.replace(config, data=data)) == 0
+    there, here = (saved_items(run)["params"]["model"] for run in (first_run, tmp_path / "run"))
+    old, new = there["image"].pop("positions"), here["image"].pop("positions")
+    np.testing.assert_allclose(new, resize_positions(old, (2, 2), (3, 3)), atol=1e-6)
+    assert_same_trees(here, there)

@@ -173,10 +173,20 @@ def test_which_parameters_are_loaded(trained):
     np.testing.assert_array_equal(name(load_components(trained)), wanted["ema"])
     np.testing.assert_array_equal(name(load_components(trained, use_ema=False)), wanted["params"])
     assert load_components(trained, checkpoint=4).step == 4
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'lates': give latest, best or .* \[4, 6\]"):
+        load_components(trained, checkpoint="lates")
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 2; steps are \[4, 6\]"):
         load_components(trained, checkpoint=2)
     with pytest.raises(CheckpointError, match="no checkpoint has the metric checkpoint.best=None"):
         load_components(trained, checkpoint="best")
+
+
+def test_the_average_is_loaded_as_the_config_says(moved):
+    config = config_lib.load_dump(moved / "config.json")
+    raw = dataclasses.replace(config, eval=EvalConfig(use_ema=False))
+    (moved / "config.json").write_text(config_lib.dump(raw))
+    assert load_components(moved).weights_hash() == load_components(moved, use_ema=False).weights_hash()
+    assert load_components(moved).weights_hash() != load_components(moved, use_ema=True).weights_hash()
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,6 @@ class Task:
 
     weight: float = 1.0
 
-    # False where the loss needs all rows of the batch at once.
-    per_example = True
-
     def fields(self) -> frozenset[str]:
         """The batch keys the loss reads (bvl/data/batch.py)."""
         raise NotImplementedError
@@ -93,6 +90,9 @@ class Task:
     def views(self) -> tuple[View, ...]:
         """What is to be encoded. Equal kinds are encoded once a step, for all tasks together."""
         raise NotImplementedError
+
+    def check(self, model_config: Any) -> None:
+        """Raise ConfigError, before any data is read, for a model that the loss cannot use."""
 
     def heads(self, info: ModelInfo) -> dict[str, Head]:
         """Extra modules; their parameters are trained with the model's."""

@@ -35,13 +35,18 @@ class Contrastive(Task):
     direction_weights: tuple[float, float] = (0.5, 0.5)
     chunk_size: int | None = None
 
-    per_example = False
-
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
         if self.loss_type == "sigmoid" and (self.label_smoothing or self.direction_weights != (0.5, 0.5)):
             raise ConfigError("label_smoothing and direction_weights belong to loss_type='softmax'")
+
+    def check(self, model_config: Any) -> None:
+        if self.loss_type == "sigmoid" and model_config.init_bias is None:
+            raise ConfigError(
+                "loss_type='sigmoid' needs a bias of the logits: set for example model.init_bias=-10 "
+                "model.init_temperature=0.1 (SigLIP's values)"
+            )
 
     def fields(self) -> frozenset[str]:
         keys = {"image", "image_valid", "text", "text_mask", "text_valid"}

@@ -13,7 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 class BadRecords:
-    """Stops the run when distinct unreadable records exceed `max_fraction` of all records in use."""
+    """Stops the run when distinct unreadable records exceed `max_fraction` of all records in use, and are several.
+
+    One is always allowed: in a small set it alone would be more than any sensible fraction.
+    """
 
     def __init__(self, run: RunFolder, *, num_records: int, max_fraction: float, resume_step: int):
         drop_rows_after(run.bad_records, resume_step)
@@ -35,7 +38,7 @@ class BadRecords:
             logger.warning("unreadable record, another takes its place: %s", record["error"])
             self._file = self._file or JsonLines(self._path)
             self._file.write({"step": step, **record})
-            if len(self._seen) > self._limit * self._num_records:
+            if len(self._seen) > max(1, self._limit * self._num_records):
                 raise DataError(
                     f"{len(self._seen)} of {self._num_records} records cannot be read, more than "
                     f"data.max_bad_fraction={self._limit:g}; they are listed in {self._path}. The last: {record['error']}"

@@ -43,9 +43,18 @@ def describe_environment(licences: dict[str, dict[str, int]]) -> dict[str, Any]:
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR names another place."""
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bvl" / "xla"
+    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR names another place.
+
+    May be called again, and does nothing where no folder for it can be written.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bvl" / "xla"
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a home that is read-only, or none at all
+        return
+    if os.access(cache, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 

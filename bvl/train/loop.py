@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import errno
 import functools
 import json
@@ -73,6 +74,8 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     start_from = None
     if config.init_from is not None and not run.has_checkpoint():
         start_from = load_components(config.init_from, use_ema=False)
+    for task in config.tasks.values():
+        task.check(config.model)
     data = prepare_data(config, run, start_from)
     for line in data.pipeline.summary():
         logger.info(line)
@@ -171,7 +174,7 @@ class _Loop:
             resume_step=start,
         )
         progress, watch = ProgressLines(start, config.steps), Stopwatch()
-        steps_timed = 0
+        steps_timed, evaluated = 0, False
         # Read one step late, so that the devices never wait for the host.
         unchecked: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
         batches = pipeline.batches(
@@ -205,6 +208,11 @@ class _Loop:
                         self._check_finite(unchecked)
                         with watch.part("other"):
                             scores = self.evaluate(state, step)
+                        if scores:
+                            log.write(step, {f"eval/{name}": value for name, value in scores.items()})
+                        if not evaluated:
+                            self._check_best(scores, step, state, sums)
+                        evaluated = True
                     candidate = bool(scores) and config.checkpoint.best is not None
                     stopping = stop.exit_code is not None
                     if last or stopping or candidate or _due(step, config.checkpoint.every):
@@ -225,6 +233,22 @@ class _Loop:
             bad.close()
         logger.info("complete: %s", self.run.path)
         return 0
+
+    def _check_best(self, scores: dict[str, float], step: int, state: TrainState, sums: Any) -> None:
+        """Raise ConfigError if checkpoint.best is no metric that the evaluation gave."""
+        best = self.config.checkpoint.best
+        if best is None or best in scores:
+            return
+        # Where checkpoints are, one more could push the best of them out; where none is, the work would be lost.
+        if not self.checkpoints.steps():
+            self.checkpoints.save(step, checkpoint_items(state, sums), scores)
+            self.checkpoints.wait()
+        near = difflib.get_close_matches(best, scores, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"checkpoint.best={best!r} is no metric of the evaluation at step {step}"
+            + (f"; nearest is {near[0]!r}" if near else "")
+            + f" (metrics: {', '.join(sorted(scores)) or 'none'})"
+        )
 
     def _check_finite(self, unchecked: tuple[int, dict[str, jax.Array], dict[str, Any]] | None) -> None:
         """Raise TrainingFailed, with the batch's records saved, if the loss or the gradient of a step is no number."""

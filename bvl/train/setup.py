@@ -20,6 +20,7 @@ from bvl.data.sources import RecordSet
 from bvl.data.text import END, PAD, START, UNKNOWN, Tokenizer, TokenizerConfig
 from bvl.errors import CheckpointError, ConfigError, DataError
 from bvl.mesh import init_sharded, replicated, unbox
+from bvl.models.vit import resize_positions
 from bvl.runs import Components, RunFolder, check_vocabulary, load_components, write_atomic
 from bvl.train.step import TrainState
 
@@ -174,6 +175,20 @@ def _restore(items: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
     return state, items.get("sums", {})
 
 
+def _at_image_size(start_from: Components, config: Config) -> Any:
+    """The model's parameters of another run, with the image positions resampled to this run's grid of patches."""
+    params = start_from.params["model"]
+    grids = [
+        tuple(pixels // c.model.image.patch_size for pixels in c.data.preprocess.height_width)
+        for c in (start_from.config, config)
+    ]
+    if grids[0] == grids[1] or "positions" not in params["image"]:
+        return params
+    positions = resize_positions(params["image"]["positions"], *grids)
+    logger.info("image positions resampled from a grid of %s to %s", *grids)
+    return {**params, "image": {**params["image"], "positions": positions}}
+
+
 def first_state(
     config: Config,
     checkpoints: Checkpoints,
@@ -221,8 +236,9 @@ def first_state(
     state, _ = init_sharded(init, mesh, key)
     if start_from is None:
         return state, {}
-    check_same_shapes(target.params["model"], start_from.params["model"], f"init_from={config.init_from}")
+    model_params = _at_image_size(start_from, config)
+    check_same_shapes(target.params["model"], model_params, f"init_from={config.init_from}")
     logger.info("parameters from %s, step %d", config.init_from, start_from.step)
-    params = {**state.params, "model": jax.device_put(start_from.params["model"], shardings.params["model"])}
+    params = {**state.params, "model": jax.device_put(model_params, shardings.params["model"])}
     ema = jax.tree.map(lambda x: x.copy(), params) if state.ema is not None else None
     return state.replace(params=params, ema=ema), {}
