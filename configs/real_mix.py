@@ -26,7 +26,7 @@ MEDNIST_VAL = Source(name="mednist", subfolder="mednist_subset", split="val")
 
 def get_config() -> Config:
     return Config(
-        steps=600,
+        steps=300,
         batch_size=64,
         model=DualEncoderConfig(
             image=ViTConfig("XS/16", pool="mean"),
@@ -46,7 +46,7 @@ def get_config() -> Config:
             augment=Augment(crop_scale=(0.6, 1.0), brightness=0.1, contrast=0.1),
             tokenizer=TokenizerConfig(vocab_size=4000, context_length=64),
         ),
-        optim=OptimConfig(lr=1e-3, warmup_steps=60, weight_decay=0.1),
+        optim=OptimConfig(lr=1e-3, warmup_steps=30, weight_decay=0.1),
         eval=EvalConfig(
             suites={
                 "retrieval_openstax": Retrieval(
@@ -59,6 +59,6 @@ def get_config() -> Config:
                 ),
             }
         ),
-        checkpoint=CheckpointConfig(every=200),
+        checkpoint=CheckpointConfig(every=100),
         log=LogConfig(every=20),
     )
