@@ -194,24 +194,22 @@ class _Loop:
                     progress.advance(step)
 
                     last = step == config.steps
-                    if last or _due(step, config.log.every):
+                    evaluating = last or _due(step, config.eval.every)
+                    scores = None
+                    if evaluating or _due(step, config.log.every):
+                        # Parameters that are no numbers may not take the place of the last evaluation.
                         self._check_finite(unchecked)
                         values = _means(jax.device_get(sums)) | {"lr": float(schedule(step - 1))}
                         values |= watch.read(steps_timed, steps_timed * config.batch_size)
-                        log.write(step, values)
                         progress.row(step, values)
+                        if evaluating:
+                            scores = self.evaluate(state, step)
+                            values |= {f"eval/{name}": value for name, value in scores.items()}
+                        log.write(step, values)
                         sums, steps_timed = {}, 0
                         watch.reset()
-                    scores = None
-                    if last or _due(step, config.eval.every):
-                        # Parameters that are no numbers may not take the place of the last evaluation.
-                        self._check_finite(unchecked)
-                        with watch.part("other"):
-                            scores = self.evaluate(state, step)
-                        if scores:
-                            log.write(step, {f"eval/{name}": value for name, value in scores.items()})
-                        if not evaluated:
-                            self._check_best(scores, step, state, sums)
+                    if evaluating and not evaluated:
+                        self._check_best(scores, step, state, sums)
                         evaluated = True
                     candidate = bool(scores) and config.checkpoint.best is not None
                     stopping = stop.exit_code is not None
