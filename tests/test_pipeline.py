@@ -13,7 +13,8 @@ from PIL import Image
 from bvl.data.phantoms import FINDINGS, Phantoms
 from bvl.data.pipeline import MAX_ATTEMPTS, DataConfig, Pipeline, encode_labels, label_names, training_texts
 from bvl.data.sources import RecordSet, Source
-from bvl.data.text import Tokenizer, TokenizerConfig, text_id
+from bvl.data.text import Tokenizer, TokenizerConfig
+from bvl.data.text_choice import text_id
 from bvl.data.transforms import Augment, Preprocess
 from bvl.errors import ConfigError, DataError
 

@@ -11,7 +11,7 @@ from bvl.data.batch import Need, missing, needs_of
 from bvl.data.phantoms import FINDINGS, Phantoms
 from bvl.data.pipeline import DataConfig
 from bvl.data.sources import RecordSet, Source
-from bvl.data.text import TextChoice
+from bvl.data.text_choice import TextChoice
 from bvl.errors import ConfigError, DataError, ImageError
 
 IMAGE, TEXT, LABELS = Need.IMAGE, Need.TEXT, Need.LABELS

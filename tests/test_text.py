@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from bvl.data.text import PAD, START, TextChoice, Tokenizer, TokenizerConfig, text_id
+from bvl.data.text import PAD, START, Tokenizer, TokenizerConfig
+from bvl.data.text_choice import TextChoice, text_id
 from bvl.errors import ConfigError, DataError
 
 TEXTS = [

@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-from bvl.data.text import TextChoice
+from bvl.data.text_choice import TextChoice
 from bvl.errors import ConfigError
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from bvl.data.batch import Need, needs_of
 from bvl.data.sampler import Sampler
 from bvl.data.sources import RecordSet, Source
-from bvl.data.text import Tokenizer, TokenizerConfig, text_id
+from bvl.data.text import Tokenizer, TokenizerConfig
+from bvl.data.text_choice import text_id
 from bvl.data.transforms import Augment, Preprocess, apply
 from bvl.errors import ConfigError, DataError, ImageError
 

@@ -15,7 +15,7 @@ from bvl.data import records as records_lib
 from bvl.data.batch import Need, missing
 from bvl.data.images import load_mask, open_image
 from bvl.data.phantoms import Phantoms, PhantomSource
-from bvl.data.text import TextChoice
+from bvl.data.text_choice import TextChoice
 from bvl.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

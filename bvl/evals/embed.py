@@ -15,7 +15,7 @@ from PIL import Image
 
 from bvl.data.images import open_image
 from bvl.data.records import find_manifest, read_records, select_split
-from bvl.data.text import TextChoice
+from bvl.data.text_choice import TextChoice
 from bvl.errors import DataError, ImageError
 from bvl.runs import Components
 from bvl.tasks.contrastive import embed_texts

@@ -9,7 +9,7 @@ import functools
 import numpy as np
 
 from bvl.data.sources import Source
-from bvl.data.text import TextChoice, text_id
+from bvl.data.text_choice import TextChoice, text_id
 from bvl.errors import ConfigError, DataError
 from bvl.evals.base import (
     BOOTSTRAP_SAMPLES,
