@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from bvl.data.text import PAD, START, Tokenizer, TokenizerConfig
+from bvl.data.text import MASK, PAD, START, Tokenizer, TokenizerConfig
 from bvl.data.text_choice import TextChoice, text_id
 from bvl.errors import ConfigError, DataError
 
@@ -69,15 +69,17 @@ def test_truncation_keeps_the_end_token_and_is_counted(tokenizer):
     assert expected[0] is False and expected[3] is True
     encoded = [tokenizer.encode(t) for t in texts]
     assert [truncated for _, _, truncated in encoded] == expected
+    assert tokenizer.lengths(texts) == lengths
     assert tokenizer.count_truncated(texts) == sum(expected)
     tokens, mask, _ = encoded[3]
     assert mask.all() and tokens[-1] == tokenizer.end_id and tokens[0] == tokenizer.start_id
 
 
 def test_special_tokens_in_a_text_are_text(tokenizer):
-    tokens, mask, _ = tokenizer.encode(f"a {PAD} b [END] c {START}")
+    tokens, mask, _ = tokenizer.encode(f"a {PAD} b [END] c {START} {MASK}")
     inside = tokens[1 : int(mask.sum()) - 1]
-    assert not {tokenizer.end_id, tokenizer.pad_id, tokenizer.start_id} & set(inside.tolist())
+    special = {tokenizer.end_id, tokenizer.pad_id, tokenizer.start_id, tokenizer.mask_id}
+    assert len(special) == 4 and not special & set(inside.tolist())
 
 
 def test_save_and_load(tokenizer, tmp_path):
@@ -98,13 +100,20 @@ def test_vocab_txt(tmp_path, ending):
     path = tmp_path / "vocab.txt"
     path.write_bytes((ending.join(VOCAB) + ending).encode())
     uncased = Tokenizer.load(path, 8)
-    assert uncased.vocab_size == len(VOCAB)
+    assert uncased.vocab_size == len(VOCAB) and uncased.mask_id is None
     tokens, mask, _ = uncased.encode("Lungs, clear stone")
     assert [VOCAB[i] for i in tokens] == "[CLS] lung ##s , clear [UNK] [SEP] [PAD]".split()
     assert mask.tolist() == [True] * 7 + [False]
     cased = Tokenizer.load(path, 8, lowercase=False)
     assert VOCAB[cased.encode("Lung")[0][1]] == "Lung"
     assert cased.decode(cased.encode("Lungs clear")[0]) == "Lungs clear"
+
+
+@pytest.mark.parametrize("name", ["[MASK]", "<mask>"])
+def test_the_mask_token_of_a_loaded_vocabulary(tmp_path, name):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*VOCAB, name]) + "\n", encoding="utf-8")
+    assert Tokenizer.load(path, 8).mask_id == len(VOCAB)
 
 
 def test_vocab_txt_with_a_separator_as_a_token(tmp_path):

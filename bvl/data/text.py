@@ -14,12 +14,13 @@ from jaxtyping import Bool, Int32
 
 from bvl.errors import ConfigError, DataError
 
-PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[START]", "[END]"
+PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[START]", "[END]", "[MASK]"
 # The names that public tokenizers give to these roles, ours first.
 ROLES: dict[str, tuple[str, ...]] = {
     "pad": (PAD, "<pad>", "<|endoftext|>", "<|end_of_text|>"),
     "start": (START, "[CLS]", "<s>", "<|startoftext|>", "<start_of_text>"),
     "end": (END, "[SEP]", "</s>", "<|endoftext|>", "<end_of_text>"),
+    "mask": (MASK, "<mask>"),
 }
 
 
@@ -41,13 +42,16 @@ class TokenizerConfig:
             raise ConfigError(
                 f"context_length={self.context_length}: start, one token and end need at least 3"
             )
-        least = 8 if self.kind == "wordpiece" else 260
+        least = 8 if self.kind == "wordpiece" else 261
         if self.vocab_size < least:
             raise ConfigError(f"vocab_size={self.vocab_size}: must be at least {least} for {self.kind}")
 
 
 class Tokenizer:
-    """A Hugging Face `tokenizers` model with start, end and padding to a fixed context length."""
+    """A Hugging Face `tokenizers` model with start, end and padding to a fixed context length.
+
+    mask_id: of the token that hides a word from a masked language model; None where the vocabulary has none.
+    """
 
     def __init__(self, model: tokenizers.Tokenizer, context_length: int):
         model.no_padding()
@@ -57,6 +61,7 @@ class Tokenizer:
         self._model = model
         self.context_length = context_length
         self.pad_id, self.start_id, self.end_id = (_role_id(model, role) for role in ("pad", "start", "end"))
+        self.mask_id = _find_role(model, "mask")
         # Ids may have gaps; a token embedding needs a row up to the highest.
         self.vocab_size = 1 + max(model.get_vocab().values())
 
@@ -66,7 +71,7 @@ class Tokenizer:
 
         Raises DataError if there is no text.
         """
-        special = [PAD, UNKNOWN, START, END]
+        special = [PAD, UNKNOWN, START, END, MASK]
         texts = list(texts)
         if not any(text.strip() for text in texts):
             raise DataError("the training text is empty: no tokenizer can be trained on it")
@@ -137,10 +142,11 @@ class Tokenizer:
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of `texts` are longer than the context."""
-        return sum(
-            len(e.ids) > self.context_length - 2
-            for e in self._model.encode_batch(list(texts), add_special_tokens=False)
-        )
+        return sum(length > self.context_length - 2 for length in self.lengths(texts))
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, without start and end, however long it is."""
+        return [len(e.ids) for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
 
     @property
     def hash(self) -> str:
@@ -195,7 +201,11 @@ def _train_wordpiece(texts: list[str], config: TokenizerConfig, special: list[st
 
 
 def _role_id(model: tokenizers.Tokenizer, role: str) -> int:
-    for name in ROLES[role]:
-        if (token_id := model.token_to_id(name)) is not None:
-            return token_id
-    raise DataError(f"the tokenizer has no {role} token; looked for {', '.join(ROLES[role])}")
+    token_id = _find_role(model, role)
+    if token_id is None:
+        raise DataError(f"the tokenizer has no {role} token; looked for {', '.join(ROLES[role])}")
+    return token_id
+
+
+def _find_role(model: tokenizers.Tokenizer, role: str) -> int | None:
+    return next((i for name in ROLES[role] if (i := model.token_to_id(name)) is not None), None)
