@@ -72,7 +72,7 @@ def measure_bvl(name: str, batch_size: int, steps: int) -> dict[str, Any]:
         model=DualEncoder(config, (IMAGE_SIZE, IMAGE_SIZE), VOCAB_SIZE, CONTEXT_LENGTH, end_id),
         preprocess=Preprocess(image_size=IMAGE_SIZE),
         tasks={"contrastive": Contrastive(targets="diagonal")},
-        info=ModelInfo(config.image.sizes[0], config.text.width, config.embed_dim, ()),
+        info=ModelInfo(config.image.output_width, config.text.width, config.embed_dim, ()),
         mesh=mesh,
         seed=0,
         ema_decay=0.0,

@@ -8,12 +8,16 @@ from jaxtyping import Array, Bool, Float
 
 @flax.struct.dataclass
 class ImageFeatures:
-    """`embed`: in the shared space, unit norm. `pooled`: before the projection. `tokens`: one per patch."""
+    """`embed`: in the shared space, unit norm. `pooled`: before the projection. `tokens`: one per patch.
+
+    `levels`: feature maps of the tower from fine to coarse (of a ViT: from early to late), rows and columns first.
+    """
 
     embed: Float[Array, "b e"] | None = None
     pooled: Float[Array, "b d"] | None = None
     tokens: Float[Array, "b l d"] | None = None
-    # Rows and columns of the patch grid that `tokens` lists row by row.
+    levels: tuple[Float[Array, "b h w c"], ...] | None = None
+    # Rows and columns of the patch grid that `tokens` lists row by row; None where patches were dropped.
     grid: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
 
 

@@ -1,11 +1,12 @@
 """Transformer parts shared by all towers: attention, MLP, block, the stack of blocks, attention pooling.
 
 Parameters carry logical axis names (`bvl.mesh.LOGICAL_RULES` places them). Layer norms and softmax compute in
-float32 whatever the compute dtype.
+float32 whatever the compute dtype. `keys` is one random key an example (bvl/models/dropout.py), None in evaluation.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,8 +17,11 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from bvl.models.dropout import RowKeys, drop_path, dropout, fold
+
 Dtype = Any
 RematPolicy = Literal["none", "full", "dots"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 # What the backward pass may keep instead of recomputing, by name.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -39,6 +43,10 @@ def normal_init(stddev: float, *names: str | None) -> Callable[..., Any]:
     return nn.with_partitioning(nn.initializers.normal(stddev), names)
 
 
+def constant_init(value: float, *names: str | None) -> Callable[..., Any]:
+    return nn.with_partitioning(nn.initializers.constant(value), names)
+
+
 class Dense(nn.Module):
     """Affine map of the last axis, with logical names for both axes of the kernel."""
 
@@ -50,10 +58,12 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = self.param("kernel", dense_init(*self.names), (x.shape[-1], self.features))
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        # As a product of two matrices: with more axes XLA on CPU copies the operands of the backward pass.
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        y = jnp.dot(rows, kernel.astype(self.dtype))
         if self.use_bias:
             y += self.param("bias", zeros_init(self.names[1]), (self.features,)).astype(self.dtype)
-        return y
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class LayerNorm(nn.Module):
@@ -64,9 +74,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        scale = self.param(
-            "scale", nn.with_partitioning(nn.initializers.ones_init(), ("norm",)), (x.shape[-1],)
-        )
+        scale = self.param("scale", constant_init(1.0, "norm"), (x.shape[-1],))
         bias = self.param("bias", zeros_init("norm"), (x.shape[-1],))
         x = x.astype(jnp.float32)
         mean = x.mean(-1, keepdims=True)
@@ -75,9 +83,15 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `queries` over `keys` (the queries themselves when absent)."""
+    """Multi-head attention of `queries` over `keys` (the queries themselves when absent).
+
+    qk_norm: layer norm of every head's queries and keys, which keeps the logits small (Dehghani et al. 2023,
+    arXiv:2302.05442, section 2).
+    """
 
     num_heads: int
+    qk_norm: bool = False
+    norm_epsilon: float = 1e-5
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -94,7 +108,10 @@ class Attention(nn.Module):
 
         def heads(name: str, x: jax.Array) -> jax.Array:
             y = Dense(width, names=("embed", "heads"), dtype=self.dtype, name=name)(x)
-            return rearrange(y, "b l (h c) -> b l h c", h=self.num_heads)
+            y = rearrange(y, "b l (h c) -> b l h c", h=self.num_heads)
+            if self.qk_norm and name != "value":
+                y = LayerNorm(self.norm_epsilon, dtype=self.dtype, name=f"{name}_norm")(y)
+            return y
 
         mask = None if key_mask is None else key_mask[:, None, None, :]
         mixed = jax.nn.dot_product_attention(
@@ -113,71 +130,155 @@ def gelu(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
     return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": gelu,
+    # The tanh formula of the same paper, which SigLIP's So400m was trained with.
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    # x * sigmoid(1.702 x), the same paper's cruder formula, which OpenAI's CLIP was trained with.
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
 class Mlp(nn.Module):
-    """Two affine maps with a GELU between."""
+    """Two affine maps with an activation between."""
 
     hidden: int
+    activation: Activation = "gelu"
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         h = Dense(self.hidden, names=("embed", "mlp"), dtype=self.dtype, name="up")(x)
-        return Dense(x.shape[-1], names=("mlp", "embed"), dtype=self.dtype, name="down")(gelu(h))
+        return Dense(x.shape[-1], names=("mlp", "embed"), dtype=self.dtype, name="down")(
+            ACTIVATIONS[self.activation](h)
+        )
+
+
+class LayerScale(nn.Module):
+    """A learned factor for every channel of a residual branch (Touvron et al. 2021, arXiv:2103.17239)."""
+
+    initial: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        return x * self.param("scale", constant_init(self.initial, "norm"), x.shape[-1:]).astype(self.dtype)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Transformer block; norm: "pre" normalises what enters a branch, "post" the sum after it (BERT).
+
+    dropout: of both branches' outputs. drop_path: stochastic depth, used where the call gives no rate of its own.
+    """
 
     num_heads: int
     mlp_hidden: int
     causal: bool = False
+    norm: Literal["pre", "post"] = "pre"
+    norm_epsilon: float = 1e-5
+    activation: Activation = "gelu"
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.0
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], key_mask: Bool[Array, "b l"] | None = None
+        self,
+        x: Float[Array, "b l d"],
+        key_mask: Bool[Array, "b l"] | None = None,
+        keys: RowKeys | None = None,
+        drop_path_rate: Float[Array, ""] | float | None = None,
     ) -> Float[Array, "b l d"]:
-        h = LayerNorm(dtype=self.dtype, name="attention_norm")(x)
-        x = x + Attention(self.num_heads, dtype=self.dtype, name="attention")(
-            h, key_mask=key_mask, causal=self.causal
+        attention = Attention(
+            self.num_heads, self.qk_norm, self.norm_epsilon, dtype=self.dtype, name="attention"
         )
-        h = LayerNorm(dtype=self.dtype, name="mlp_norm")(x)
-        return x + Mlp(self.mlp_hidden, dtype=self.dtype, name="mlp")(h)
+        mlp = Mlp(self.mlp_hidden, self.activation, dtype=self.dtype, name="mlp")
+        rate = self.drop_path if drop_path_rate is None else drop_path_rate
+
+        def branch(name: str, place: int, x: jax.Array, function: Callable[[jax.Array], jax.Array]):
+            norm = LayerNorm(self.norm_epsilon, dtype=self.dtype, name=f"{name}_norm")
+            y = function(norm(x) if self.norm == "pre" else x)
+            if self.layer_scale is not None:
+                y = LayerScale(self.layer_scale, dtype=self.dtype, name=f"{name}_scale")(y)
+            y = dropout(y, self.dropout, fold(keys, 2 * place))
+            if self.drop_path:
+                y = drop_path(y, rate, fold(keys, 2 * place + 1))
+            return x + y if self.norm == "pre" else norm(x + y)
+
+        x = branch("attention", 0, x, lambda h: attention(h, key_mask=key_mask, causal=self.causal))
+        return branch("mlp", 1, x, mlp)
 
 
 class Stack(nn.Module):
-    """`depth` blocks: a Python loop, or one `nn.scan` over stacked parameters; rematerialised by policy."""
+    """`depth` blocks: a Python loop, or one `nn.scan` over stacked parameters; rematerialised by policy.
+
+    The fields between `depth` and `scan` are those of `Block`. drop_path is the rate of the last block; it rises
+    linearly from 0 at the first (Huang et al. 2016, arXiv:1603.09382).
+    """
 
     depth: int
     num_heads: int
     mlp_hidden: int
     causal: bool = False
+    norm: Literal["pre", "post"] = "pre"
+    norm_epsilon: float = 1e-5
+    activation: Activation = "gelu"
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.0
     scan: bool = False
     remat: RematPolicy = "none"
     dtype: Dtype = jnp.float32
 
-    @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], key_mask: Bool[Array, "b l"] | None = None
+        self,
+        x: Float[Array, "b l d"],
+        key_mask: Bool[Array, "b l"] | None = None,
+        *,
+        keys: RowKeys | None = None,
     ) -> Float[Array, "b l d"]:
+        return self.run(x, key_mask, keys=keys)[0]
+
+    @nn.compact
+    def run(
+        self,
+        x: Float[Array, "b l d"],
+        key_mask: Bool[Array, "b l"] | None = None,
+        *,
+        keys: RowKeys | None = None,
+        levels: tuple[int, ...] = (),
+    ) -> tuple[Float[Array, "b l d"], tuple[Float[Array, "b l d"], ...]]:
+        """(output, the outputs of the blocks numbered in `levels`)."""
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=not self.scan, policy=REMAT_POLICIES[self.remat])
-        options = dict(
-            num_heads=self.num_heads, mlp_hidden=self.mlp_hidden, causal=self.causal, dtype=self.dtype
-        )
+        shared = {f.name for f in dataclasses.fields(Block)} - {"parent", "name"}
+        options = {name: getattr(self, name) for name in shared}
+        rates = np.linspace(0.0, self.drop_path, self.depth, dtype=np.float32)
         if not self.scan:
+            outputs = {}
             for i in range(self.depth):
-                x = block(**options, name=f"block_{i}")(x, key_mask)
-            return x
+                x = block(**options, name=f"block_{i}")(x, key_mask, fold(keys, i), rates[i])
+                outputs[i] = x
+            return x, tuple(outputs[i] for i in levels)
+
+        def body(module: nn.Module, carry: jax.Array, layer: tuple[jax.Array, jax.Array]):
+            i, rate = layer
+            carry = module(carry, key_mask, fold(keys, i), rate)
+            return carry, carry if levels else None
+
         scanned = nn.scan(
-            lambda module, carry, _: (module(carry, key_mask), None),
+            body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(block(**options, name="blocks"), x, None)[0]
+        x, outputs = scanned(block(**options, name="blocks"), x, (jnp.arange(self.depth), jnp.asarray(rates)))
+        return x, tuple(outputs[i] for i in levels)
 
 
 class AttentionPool(nn.Module):
@@ -185,6 +286,8 @@ class AttentionPool(nn.Module):
 
     num_heads: int
     mlp_hidden: int
+    activation: Activation = "gelu"
+    norm_epsilon: float = 1e-5
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -193,5 +296,5 @@ class AttentionPool(nn.Module):
         probe = self.param("probe", normal_init(width**-0.5, None, None, "embed"), (1, 1, width))
         probe = jnp.broadcast_to(probe, (x.shape[0], 1, width)).astype(self.dtype)
         x = Attention(self.num_heads, dtype=self.dtype, name="attention")(probe, x)
-        h = LayerNorm(dtype=self.dtype, name="mlp_norm")(x)
-        return (x + Mlp(self.mlp_hidden, dtype=self.dtype, name="mlp")(h))[:, 0]
+        h = LayerNorm(self.norm_epsilon, dtype=self.dtype, name="mlp_norm")(x)
+        return (x + Mlp(self.mlp_hidden, self.activation, dtype=self.dtype, name="mlp")(h))[:, 0]

@@ -1,4 +1,5 @@
-"""Text transformer of the CLIP type (Radford et al. 2021, arXiv:2103.00020): causal, pooled at the end token."""
+"""Text transformers of the CLIP type (causal, pooled at the end token; Radford et al. 2021, arXiv:2103.00020) and
+of the SigLIP type (bidirectional, pooled at the last position; Zhai et al. 2023, arXiv:2303.15343)."""
 
 from __future__ import annotations
 
@@ -10,14 +11,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from bvl.errors import ConfigError
-from bvl.models.layers import LayerNorm, RematPolicy, Stack, normal_init
+from bvl.models.dropout import RowKeys, check_rates, dropout, fold
+from bvl.models.features import TextFeatures
+from bvl.models.layers import Activation, LayerNorm, RematPolicy, Stack, normal_init
+
+TextPool = Literal["end", "mean", "max", "last", "cls"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """Vocabulary and context length are the tokenizer's, so they are not repeated here.
 
-    pool: "end" takes the token at the first end id, "mean" the average over text tokens.
+    CLIP: causal=True, pool="end". SigLIP: causal=False, pool="last", attend_padding=True, activation="gelu_tanh",
+    norm_epsilon=1e-6.
+    pool: "end" takes the token at the first end id, "mean" and "max" run over the text tokens, "last" takes the
+    last position whatever stands there, "cls" the first.
+    attend_padding: padding is read as if it were text, as SigLIP's towers do.
+    dropout: of the embeddings and of both branches of each block; drop_path: stochastic depth.
+    token_std, position_std: of the initial embeddings (CLIP's values).
     """
 
     width: int = 384
@@ -25,19 +36,38 @@ class TextConfig:
     num_heads: int = 6
     mlp_hidden: int | None = None
     causal: bool = True
-    pool: Literal["end", "mean"] = "end"
+    pool: TextPool = "end"
+    attend_padding: bool = False
+    activation: Activation = "gelu"
+    norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    token_std: float = 0.02
+    position_std: float = 0.01
     scan: bool = False
     remat: RematPolicy = "none"
 
     def __post_init__(self):
-        if min(self.width, self.depth, self.num_heads, self.mlp_hidden or 1) < 1:
-            raise ConfigError("text width, depth, num_heads and mlp_hidden must be at least 1")
-        if self.width % self.num_heads:
-            raise ConfigError(f"text width {self.width} is not divisible by num_heads {self.num_heads}")
+        check_sizes((self.width, self.depth, self.num_heads, self.mlp_hidden or 1))
+        check_rates("text", dropout=self.dropout, drop_path=self.drop_path)
+        if self.causal and self.pool == "cls":
+            raise ConfigError("text pool='cls': under a causal mask the first token sees no other; use 'end'")
+        if self.pool == "last" and not self.attend_padding:
+            raise ConfigError(
+                "text pool='last' reads the last position, which is padding for most texts: it needs "
+                "attend_padding=True; for the last text token use pool='end'"
+            )
+
+    def make(
+        self, *, vocab_size: int, context_length: int, pad_id: int, end_id: int, dtype: Any = jnp.float32
+    ) -> TextTransformer:
+        """The tower for a tokenizer's vocabulary and context."""
+        del pad_id  # The mask says what is padding.
+        return TextTransformer(self, vocab_size, context_length, end_id, dtype)
 
 
 class TextTransformer(nn.Module):
-    """Returns (pooled [b, d], tokens [b, t, d])."""
+    """Token ids and their mask -> TextFeatures(pooled, tokens, mask)."""
 
     config: TextConfig
     vocab_size: int
@@ -47,37 +77,69 @@ class TextTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"]
-    ) -> tuple[Float[Array, "b d"], Float[Array, "b t d"]]:
+        self, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"], *, keys: RowKeys | None = None
+    ) -> TextFeatures:
         config = self.config
-        if tokens.shape[1] > self.context_length:
-            raise ConfigError(
-                f"{tokens.shape[1]} tokens, but the text tower was made for {self.context_length}"
-            )
-        # Initial scales of CLIP: 0.02 for tokens, 0.01 for positions.
+        check_length(tokens, self.context_length)
         table = self.param(
-            "token_embed", normal_init(0.02, "vocab", "embed"), (self.vocab_size, config.width)
+            "token_embed", normal_init(config.token_std, "vocab", "embed"), (self.vocab_size, config.width)
         )
         positions = self.param(
-            "positions", normal_init(0.01, "position", "embed"), (self.context_length, config.width)
+            "positions",
+            normal_init(config.position_std, "position", "embed"),
+            (self.context_length, config.width),
         )
         x = table[tokens].astype(self.dtype) + positions[: tokens.shape[1]].astype(self.dtype)
+        x = dropout(x, config.dropout, fold(keys, 0))
         # Under a causal mask no text token sees the padding behind it.
-        key_mask = None if config.causal else mask
+        key_mask = None if config.causal or config.attend_padding else mask
         x = Stack(
             depth=config.depth,
             num_heads=config.num_heads,
             mlp_hidden=config.mlp_hidden or 4 * config.width,
             causal=config.causal,
+            activation=config.activation,
+            norm_epsilon=config.norm_epsilon,
+            dropout=config.dropout,
+            drop_path=config.drop_path,
             scan=config.scan,
             remat=config.remat,
             dtype=self.dtype,
             name="stack",
-        )(x, key_mask)
-        x = LayerNorm(dtype=self.dtype, name="norm")(x)
-        if config.pool == "mean":
-            weights = mask[..., None].astype(jnp.float32)
-            pooled = (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
-            return pooled.astype(self.dtype), x
-        first_end = jnp.argmax(tokens == self.end_id, axis=1)
-        return jnp.take_along_axis(x, first_end[:, None, None], axis=1)[:, 0], x
+        )(x, key_mask, keys=fold(keys, 1))
+        x = LayerNorm(epsilon=config.norm_epsilon, dtype=self.dtype, name="norm")(x)
+        return TextFeatures(
+            pooled=pool_tokens(x, tokens, mask, config.pool, self.end_id), tokens=x, mask=mask
+        )
+
+
+def pool_tokens(
+    x: Float[Array, "b t d"], tokens: Int[Array, "b t"], mask: Bool[Array, "b t"], pool: TextPool, end_id: int
+) -> Float[Array, "b d"]:
+    """One vector a text; "mean" and "max" of a row without any text are 0. See TextConfig for the kinds."""
+    if pool == "cls":
+        return x[:, 0]
+    if pool == "last":
+        return x[:, -1]
+    if pool == "mean":
+        weights = mask[..., None].astype(jnp.float32)
+        return ((x * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)).astype(x.dtype)
+    if pool == "max":
+        highest = jnp.where(mask[..., None], x, jnp.finfo(x.dtype).min).max(1)
+        return jnp.where(mask.any(1, keepdims=True), highest, 0)
+    first_end = jnp.argmax(tokens == end_id, axis=1)
+    return jnp.take_along_axis(x, first_end[:, None, None], axis=1)[:, 0]
+
+
+def check_sizes(sizes: tuple[int, int, int, int]) -> None:
+    """Raise ConfigError for (width, depth, num_heads, mlp_hidden) that no transformer can have."""
+    if min(sizes) < 1:
+        raise ConfigError("text width, depth, num_heads and mlp_hidden must be at least 1")
+    if sizes[0] % sizes[2]:
+        raise ConfigError(f"text width {sizes[0]} is not divisible by num_heads {sizes[2]}")
+
+
+def check_length(tokens: Int[Array, "b t"], context_length: int) -> None:
+    """Raise ConfigError for texts longer than a tower was made for."""
+    if tokens.shape[1] > context_length:
+        raise ConfigError(f"{tokens.shape[1]} tokens, but the text tower was made for {context_length}")

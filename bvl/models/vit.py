@@ -13,13 +13,16 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from bvl.errors import ConfigError
+from bvl.models.conv_stem import ConvStem
+from bvl.models.dropout import RowKeys, check_rates, dropout, fold, random_subset
+from bvl.models.features import ImageFeatures
 from bvl.models.layers import (
+    Activation,
     AttentionPool,
     Dense,
     LayerNorm,
     RematPolicy,
     Stack,
-    gelu,
     normal_init,
     zeros_init,
 )
@@ -45,7 +48,17 @@ class ViTConfig:
     """`variant` is NAME/PATCH, for example "B/16"; width, depth and heads override the table.
 
     stem: "patch" embeds each patch by one linear map; "conv" by small strided convolutions, which learn from far
-    fewer images (the patch size must then be a power of two).
+      fewer images (the patch size must then be a power of two). patch_bias: of that linear map.
+    pool: "cls" reads a class token, "mean" averages the patches, "map" attends to them with a learned query.
+    pre_norm: one layer norm between embedding and blocks. qk_norm: layer norm of queries and keys.
+    layer_scale: initial factor of the residual branches. registers: learned tokens beside the patches that no
+      output reads (Darcet et al. 2024, arXiv:2309.16588).
+    patch_dropout: share of the patches left out of each training image (Li et al. 2023, arXiv:2212.00794);
+      dropout: of the embedding and the residual branches; drop_path: stochastic depth, the rate of the last block.
+    levels: blocks whose outputs are `ImageFeatures.levels`, None = four evenly spaced ones.
+
+    OpenAI's CLIP: pool="cls", pre_norm=True, patch_bias=False, activation="quick_gelu".
+    SigLIP: pool="map", norm_epsilon=1e-6 (So400m also activation="gelu_tanh").
     """
 
     variant: str = "S/16"
@@ -55,8 +68,17 @@ class ViTConfig:
     depth: int | None = None
     num_heads: int | None = None
     mlp_hidden: int | None = None
-    # One layer norm between embedding and blocks, as in OpenAI's CLIP.
+    patch_bias: bool = True
     pre_norm: bool = False
+    qk_norm: bool = False
+    activation: Activation = "gelu"
+    norm_epsilon: float = 1e-5
+    layer_scale: float | None = None
+    registers: int = 0
+    patch_dropout: float = 0.0
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    levels: tuple[int, ...] | None = None
     scan: bool = False
     remat: RematPolicy = "none"
 
@@ -69,14 +91,20 @@ class ViTConfig:
                 f"image variant {self.variant!r}: write NAME/PATCH with a name of {', '.join(VARIANTS)}; "
                 f"nearest is '{near}/{patch if patch.isdigit() else 16}'"
             )
+        width, depth, num_heads, _ = self.sizes
         if min(self.sizes) < 1:
             raise ConfigError(f"image width, depth, num_heads, mlp_hidden {self.sizes}: must be at least 1")
         if self.stem == "conv" and int(patch) & (int(patch) - 1):
             raise ConfigError(
                 f"image variant {self.variant!r}: stem='conv' halves the size step by step, so the patch size must be a power of two"
             )
-        if self.sizes[0] % self.sizes[2]:
-            raise ConfigError(f"image width {self.sizes[0]} is not divisible by num_heads {self.sizes[2]}")
+        if width % num_heads:
+            raise ConfigError(f"image width {width} is not divisible by num_heads {num_heads}")
+        if self.registers < 0:
+            raise ConfigError(f"image registers={self.registers}: must be 0 or more")
+        check_rates("image", patch_dropout=self.patch_dropout, dropout=self.dropout, drop_path=self.drop_path)
+        if any(not 0 <= block < depth for block in self.levels or ()):
+            raise ConfigError(f"image levels={self.levels}: blocks are numbered 0 to {depth - 1}")
 
     @property
     def patch_size(self) -> int:
@@ -91,50 +119,51 @@ class ViTConfig:
         hidden = self.mlp_hidden or (table[3] if width == table[0] else 4 * width)
         return width, self.depth or table[1], self.num_heads or table[2], hidden
 
+    @property
+    def output_width(self) -> int:
+        """Width of `pooled`."""
+        return self.sizes[0]
+
+    @property
+    def level_blocks(self) -> tuple[int, ...]:
+        """Numbers of the blocks whose outputs are the levels."""
+        depth = self.sizes[1]
+        if self.levels is not None:
+            return self.levels
+        return tuple(sorted({max(depth * i // 4, 1) - 1 for i in (1, 2, 3, 4)}))
+
+    def patch_grid(self, image_size: tuple[int, int], what: str = "image") -> tuple[int, int]:
+        """Rows and columns of patches of an image (height, width); raises ConfigError if they do not fit."""
+        p = self.patch_size
+        if image_size[0] % p or image_size[1] % p:
+            near = tuple(max(round(side / p), 1) * p for side in image_size)
+            raise ConfigError(
+                f"{what} {tuple(image_size)} is not divisible by the patch size {p} of {self.variant}; nearest is {near}"
+            )
+        return image_size[0] // p, image_size[1] // p
+
+    def make(self, *, image_size: tuple[int, int], dtype: Any) -> ViT:
+        """The tower, with position embeddings for images of `image_size` (height, width)."""
+        return ViT(self, image_size, dtype=dtype)
+
 
 def resize_positions(
     positions: Float[Array, "l d"], old: tuple[int, int], new: tuple[int, int]
 ) -> Float[Array, "m d"]:
-    """Resample a grid of position embeddings to another grid (bicubic, antialiased)."""
+    """Resample a grid of position embeddings to another grid (bicubic, antialiased).
+
+    Rows before those of the grid (a class token's) stay as they are.
+    """
     if old == new:
         return positions
-    grid = rearrange(positions, "(h w) d -> h w d", h=old[0])
+    prefix = len(positions) - old[0] * old[1]
+    grid = rearrange(positions[prefix:], "(h w) d -> h w d", h=old[0])
     grid = jax.image.resize(grid, (*new, grid.shape[-1]), method="bicubic", antialias=True)
-    return rearrange(grid, "h w d -> (h w) d")
-
-
-class ConvStem(nn.Module):
-    """3x3 convolutions of stride 2 down to the patch grid, then a linear map (Xiao et al. 2021, arXiv:2106.14881).
-
-    Each is followed by a layer norm over channels, which unlike batch norm does not tie the rows of a batch.
-    """
-
-    width: int
-    patch_size: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b l d"]:
-        num_layers = self.patch_size.bit_length() - 1
-        x = image
-        for i in range(num_layers):
-            features = max(self.width >> (num_layers - 1 - i), 32)
-            x = Dense(features, names=(None, "patch"), dtype=self.dtype, name=f"conv_{i}")(_patches_3x3(x))
-            x = gelu(LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x))
-        x = rearrange(x, "b h w c -> b (h w) c")
-        return Dense(self.width, names=("patch", "embed"), dtype=self.dtype, name="out")(x)
-
-
-def _patches_3x3(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 9*c"]:
-    """The 3x3 neighbourhoods at stride 2: a convolution becomes one matrix product, on CPU several times faster."""
-    height, width = x.shape[1] // 2, x.shape[2] // 2
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    views = [x[:, i : i + 2 * height : 2, j : j + 2 * width : 2] for i in range(3) for j in range(3)]
-    return jnp.concatenate(views, axis=-1)
+    return jnp.concatenate([positions[:prefix], rearrange(grid, "h w d -> (h w) d")])
 
 
 class ViT(nn.Module):
-    """Returns (pooled [b, d], tokens [b, l, d], grid). `image_size` is the size the positions are made for."""
+    """Images whose size differs from `image_size`, that of the positions, are read with resampled positions."""
 
     config: ViTConfig
     image_size: tuple[int, int]
@@ -142,45 +171,87 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b h w 3"]
-    ) -> tuple[Float[Array, "b d"], Float[Array, "b l d"], tuple[int, int]]:
+        self, image: Float[Array, "b h w 3"], *, keys: RowKeys | None = None, levels: bool = False
+    ) -> ImageFeatures:
         config, p = self.config, self.config.patch_size
         width, depth, num_heads, mlp_hidden = config.sizes
-        for size, what in ((self.image_size, "data.preprocess.image_size"), (image.shape[1:3], "image")):
-            if size[0] % p or size[1] % p:
-                raise ConfigError(
-                    f"{what} {tuple(size)} is not divisible by the patch size {p} of {config.variant}"
-                )
-        trained = (self.image_size[0] // p, self.image_size[1] // p)
-        grid = (image.shape[1] // p, image.shape[2] // p)
+        trained = config.patch_grid(self.image_size, "data.preprocess.image_size")
+        grid = config.patch_grid(image.shape[1:3])
+        norm = dict(epsilon=config.norm_epsilon, dtype=self.dtype)
 
         if config.stem == "conv":
             x = ConvStem(width, p, dtype=self.dtype, name="stem")(image)
         else:
             # A strided convolution written as one matrix product, which is faster on CPU and equal elsewhere.
             patches = rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
-            x = Dense(width, names=("patch", "embed"), dtype=self.dtype, name="patch_embed")(patches)
+            x = Dense(
+                width,
+                names=("patch", "embed"),
+                use_bias=config.patch_bias,
+                dtype=self.dtype,
+                name="patch_embed",
+            )(patches)
+        prefix = int(config.pool == "cls")
         positions = self.param(
-            "positions", normal_init(0.02, "position", "embed"), (trained[0] * trained[1], width)
+            "positions", normal_init(0.02, "position", "embed"), (prefix + trained[0] * trained[1], width)
         )
-        x = x + resize_positions(positions, trained, grid).astype(self.dtype)
+        positions = resize_positions(positions, trained, grid).astype(self.dtype)
+        x = x + positions[prefix:]
+        dropped = keys is not None and config.patch_dropout > 0
+        if dropped:
+            if levels:
+                raise ConfigError("image patch_dropout leaves holes in the feature maps that a task reads")
+            count = max(round(x.shape[1] * (1.0 - config.patch_dropout)), 1)
+            kept = random_subset(fold(keys, 0), x.shape[1], count)
+            x = jnp.take_along_axis(x, kept[..., None], axis=1)
+
+        def beside(x: jax.Array, tokens: jax.Array) -> jax.Array:
+            rows = jnp.broadcast_to(tokens.astype(self.dtype), (x.shape[0], *tokens.shape))
+            return jnp.concatenate([rows, x], axis=1)
+
+        if config.registers:
+            x = beside(
+                x, self.param("registers", normal_init(0.02, None, "embed"), (config.registers, width))
+            )
         if config.pool == "cls":
-            cls = self.param("cls", zeros_init("embed"), (width,)).astype(self.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, width)), x], axis=1)
+            x = beside(x, (self.param("cls", zeros_init("embed"), (width,)) + positions[0])[None])
+        num_prefix = prefix + config.registers
+        x = dropout(x, config.dropout, fold(keys, 1))
         if config.pre_norm:
-            x = LayerNorm(dtype=self.dtype, name="pre_norm")(x)
-        x = Stack(
+            x = LayerNorm(**norm, name="pre_norm")(x)
+        stack = Stack(
             depth=depth,
             num_heads=num_heads,
             mlp_hidden=mlp_hidden,
+            norm_epsilon=config.norm_epsilon,
+            activation=config.activation,
+            qk_norm=config.qk_norm,
+            layer_scale=config.layer_scale,
+            dropout=config.dropout,
+            drop_path=config.drop_path,
             scan=config.scan,
             remat=config.remat,
             dtype=self.dtype,
             name="stack",
-        )(x)
-        x = LayerNorm(dtype=self.dtype, name="norm")(x)
+        )
+        x, maps = stack.run(x, keys=fold(keys, 2), levels=config.level_blocks if levels else ())
+        maps = tuple(rearrange(m[:, num_prefix:], "b (h w) d -> b h w d", h=grid[0]) for m in maps)
+        x = LayerNorm(**norm, name="norm")(x)
+        tokens = x[:, num_prefix:]
         if config.pool == "cls":
-            return x[:, 0], x[:, 1:], grid
-        if config.pool == "mean":
-            return x.astype(jnp.float32).mean(axis=1).astype(self.dtype), x, grid
-        return AttentionPool(num_heads, mlp_hidden, dtype=self.dtype, name="pool")(x), x, grid
+            pooled = x[:, 0]
+        elif config.pool == "mean":
+            pooled = tokens.astype(jnp.float32).mean(axis=1).astype(self.dtype)
+        else:
+            pool = AttentionPool(
+                num_heads,
+                mlp_hidden,
+                config.activation,
+                config.norm_epsilon,
+                dtype=self.dtype,
+                name="pool",
+            )
+            pooled = pool(tokens)
+        return ImageFeatures(
+            pooled=pooled, tokens=tokens, levels=maps if levels else None, grid=None if dropped else grid
+        )

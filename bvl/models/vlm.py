@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,16 +13,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from bvl.errors import ConfigError
+from bvl.models.dropout import RowKeys
 from bvl.models.features import ImageFeatures, TextFeatures
-from bvl.models.layers import Dense
-from bvl.models.text import TextConfig, TextTransformer
-from bvl.models.vit import ViT, ViTConfig
+from bvl.models.layers import Dense, gelu
+from bvl.models.text import TextConfig
+from bvl.models.vit import ViTConfig
+
+Projection = Literal["linear", "linear_bias", "mlp", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DualEncoderConfig:
     """An image tower and a text tower that meet in a space of `embed_dim`.
 
+    image: ViTConfig, ResNetConfig or HybridConfig; text: TextConfig or BertConfig.
+    image_projection, text_projection: from a tower's pooled vector to the shared space: "linear" (CLIP),
+      "linear_bias" (SigLIP's text tower; the output map of a CLIP ResNet's attention pool), "mlp" (two maps without
+      bias and a GELU between, as in BiomedCLIP's text tower) or "none" (SigLIP's image
+      tower: the pooled vector itself).
     The logits are `scale * cosine + bias`: scale = exp(a learned number), never above `max_scale`
     (CLIP: 0.07 and 100); `init_bias` is for the sigmoid loss (SigLIP: temperature 0.1, bias -10).
     """
@@ -29,6 +38,8 @@ class DualEncoderConfig:
     image: ViTConfig = ViTConfig()
     text: TextConfig = TextConfig()
     embed_dim: int = 512
+    image_projection: Projection = "linear"
+    text_projection: Projection = "linear"
     init_temperature: float = 0.07
     max_scale: float = 100.0
     init_bias: float | None = None
@@ -36,6 +47,12 @@ class DualEncoderConfig:
     def __post_init__(self):
         if self.embed_dim < 1:
             raise ConfigError(f"embed_dim={self.embed_dim}: must be at least 1")
+        for name, width in (("image", self.image.output_width), ("text", self.text.width)):
+            if getattr(self, f"{name}_projection") == "none" and width != self.embed_dim:
+                raise ConfigError(
+                    f"{name}_projection='none' needs embed_dim={width}, the width of the {name} tower's pooled "
+                    f"vector; it is {self.embed_dim}"
+                )
         if self.init_temperature <= 0 or 1 / self.init_temperature > self.max_scale:
             raise ConfigError(
                 f"init_temperature={self.init_temperature}: it must be above 0, and the scale 1 / temperature "
@@ -43,25 +60,46 @@ class DualEncoderConfig:
             )
 
 
+class ProjectionMlp(nn.Module):
+    """Two affine maps without bias and a GELU between; hidden width: the mean of both ends (BiomedCLIP)."""
+
+    embed_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pooled: Float[Array, "b d"]) -> Float[Array, "b e"]:
+        options = dict(use_bias=False, dtype=self.dtype)
+        hidden = (pooled.shape[-1] + self.embed_dim) // 2
+        x = gelu(Dense(hidden, names=("embed", None), name="hidden", **options)(pooled))
+        return Dense(self.embed_dim, names=(None, None), name="out", **options)(x)
+
+
 class DualEncoder(nn.Module):
-    """Use through `apply(..., method=...)` with encode_image, encode_text, logit_scale_and_bias."""
+    """Use through `apply(..., method=...)` with encode_image, encode_text, logit_scale_and_bias.
+
+    `keys`: one random key an example while training, None in evaluation (bvl/models/dropout.py).
+    """
 
     config: DualEncoderConfig
     image_size: tuple[int, int]
     vocab_size: int
     context_length: int
     end_id: int
+    pad_id: int = 0
     dtype: Any = jnp.float32
 
     def setup(self):
         config = self.config
-        self.image = ViT(config.image, self.image_size, dtype=self.dtype)
-        self.text = TextTransformer(
-            config.text, self.vocab_size, self.context_length, self.end_id, dtype=self.dtype
+        self.image = config.image.make(image_size=self.image_size, dtype=self.dtype)
+        self.text = config.text.make(
+            vocab_size=self.vocab_size,
+            context_length=self.context_length,
+            pad_id=self.pad_id,
+            end_id=self.end_id,
+            dtype=self.dtype,
         )
-        projection = dict(features=config.embed_dim, names=("embed", None), use_bias=False, dtype=self.dtype)
-        self.image_projection = Dense(**projection)
-        self.text_projection = Dense(**projection)
+        self.image_projection = _projection(config.image_projection, config.embed_dim, self.dtype)
+        self.text_projection = _projection(config.text_projection, config.embed_dim, self.dtype)
         self.log_scale = self.param(
             "log_scale", nn.initializers.constant(-math.log(config.init_temperature)), (), jnp.float32
         )
@@ -69,28 +107,27 @@ class DualEncoder(nn.Module):
             self.bias = self.param("logit_bias", nn.initializers.constant(config.init_bias), (), jnp.float32)
 
     def encode_image(
-        self, image: Float[Array, "b h w 3"], need: frozenset[str] = frozenset({"embed"})
+        self,
+        image: Float[Array, "b h w 3"],
+        need: frozenset[str] = frozenset({"embed"}),
+        keys: RowKeys | None = None,
     ) -> ImageFeatures:
-        """Encode normalised images; `need`: any of embed, pooled, tokens."""
-        pooled, tokens, grid = self.image(image)
-        return ImageFeatures(
-            embed=l2_normalize(self.image_projection(pooled)) if "embed" in need else None,
-            pooled=pooled if "pooled" in need else None,
-            tokens=tokens if "tokens" in need else None,
-            grid=grid,
-        )
+        """Encode normalised images; `need`: any of embed, pooled, tokens, levels."""
+        out = self.image(image, keys=keys, levels="levels" in need)
+        embed = l2_normalize(self.image_projection(out.pooled)) if "embed" in need else None
+        return _only(out.replace(embed=embed), need)
 
     def encode_text(
-        self, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"], need: frozenset[str] = frozenset({"embed"})
+        self,
+        tokens: Int[Array, "b t"],
+        mask: Bool[Array, "b t"],
+        need: frozenset[str] = frozenset({"embed"}),
+        keys: RowKeys | None = None,
     ) -> TextFeatures:
         """Encode token ids; `need`: any of embed, pooled, tokens."""
-        pooled, hidden = self.text(tokens, mask)
-        return TextFeatures(
-            embed=l2_normalize(self.text_projection(pooled)) if "embed" in need else None,
-            pooled=pooled if "pooled" in need else None,
-            tokens=hidden if "tokens" in need else None,
-            mask=mask if "tokens" in need else None,
-        )
+        out = self.text(tokens, mask, keys=keys)
+        embed = l2_normalize(self.text_projection(out.pooled)) if "embed" in need else None
+        return _only(out.replace(embed=embed, mask=mask if "tokens" in need else None), need | {"mask"})
 
     def logit_scale_and_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """(scale, bias) of the logits; the bias is 0 where the config has none."""
@@ -100,6 +137,20 @@ class DualEncoder(nn.Module):
     def __call__(self, image: Float[Array, "b h w 3"], tokens: Int[Array, "b t"], mask: Bool[Array, "b t"]):
         """Touch every parameter; for `init`."""
         return self.encode_image(image), self.encode_text(tokens, mask), self.logit_scale_and_bias()
+
+
+def _projection(kind: Projection, embed_dim: int, dtype: Any) -> Callable[[jax.Array], jax.Array]:
+    if kind == "none":
+        return lambda pooled: pooled
+    if kind == "mlp":
+        return ProjectionMlp(embed_dim, dtype=dtype)
+    return Dense(embed_dim, names=("embed", None), use_bias=kind == "linear_bias", dtype=dtype)
+
+
+def _only(features: Any, need: frozenset[str]) -> Any:
+    """`features` without the arrays that nobody asked for."""
+    names = {"embed", "pooled", "tokens", "levels", "mask"} & features.__dataclass_fields__.keys()
+    return features.replace(**{name: None for name in names - need})
 
 
 @jax.custom_vjp
