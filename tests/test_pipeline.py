@@ -300,6 +300,48 @@ def test_several_texts_an_image(reference, mixture):
         assert len(set(batch["text_id"][i].tolist())) == 2 and batch["text_valid"][i].all()
 
 
+def test_a_missing_text_is_invalid_and_not_repeated(tmp_path):
+    records = [
+        {"id": "two", "image": "a.png", "caption": "one text", "alt_text": "another text"},
+        {"id": "one", "image": "b.png", "caption": "one text"},
+        {"id": "same", "image": "c.png", "caption": "one text", "alt_text": "One  text"},
+        {"id": "none", "image": "d.png"},
+    ]
+    root = write_folder(tmp_path / "set", records)
+    source = Source(root=root, split=None, text={"caption": 0.5, "alt_text": 0.5})
+    tasks = {"a": KEYS, "b": frozenset({"image"})}
+    pipeline = make(source, tasks=tasks, texts_per_image=3, batch_size=4)
+    (batch,) = batches(pipeline, 0, 1)
+    found = dict(zip(batch["record"].tolist(), batch["text_valid"].tolist(), strict=True))
+    assert found == {
+        0: [True, True, False],
+        1: [True, False, False],
+        2: [True, False, False],
+        3: [False, False, False],
+    }
+    # An encoder sees at least the start and the end of what is not there.
+    assert batch["text_mask"].any(-1).all()
+
+
+def test_words_are_dropped_and_the_text_keeps_its_id(folder):
+    source = Source(root=folder, split=None)
+    keys = frozenset({"text", "text_id"})
+    pipeline = make(source, keys=keys, word_dropout=0.5, batch_size=11)
+    plain = make(source, keys=keys, batch_size=11)
+    seen = set()
+    for dropped, whole in zip(batches(pipeline, 0, 4), batches(plain, 0, 4), strict=True):
+        np.testing.assert_array_equal(dropped["text_id"], whole["text_id"])
+        for a, b in zip(dropped["text"], whole["text"], strict=True):
+            words, every = (pipeline.tokenizer.decode(t[0]).split() for t in (a, b))
+            assert words and set(words) <= set(every)
+            seen.add(len(words))
+    assert seen == {1, 2, 3}
+    for a, b in zip(batches(pipeline, 2, 4), batches(pipeline, 0, 4)[2:], strict=True):
+        assert_equal(a, b)
+    with pytest.raises(ConfigError, match="word_dropout"):
+        DataConfig(word_dropout=1.0)
+
+
 def test_laterality_forbids_horizontal_flips(folder):
     pipeline = make(
         Source(name="sided", root=folder, split=None),

@@ -147,7 +147,7 @@ def test_augmented_pictures_and_texts_are_those_of_the_training():
     )
     sets = [RecordSet(source) for source in config.sources()]
     tokenizer = Tokenizer.train(["a text"], config.tokenizer)
-    keys = frozenset({"image", "text", "text_mask"})
+    keys = frozenset({"image", "text", "text_valid"})
     pipeline = Pipeline(
         config, sets=sets, keys_of_tasks={"t": keys}, tokenizer=tokenizer, classes=(), batch_size=3, seed=5
     )
@@ -158,8 +158,8 @@ def test_augmented_pictures_and_texts_are_those_of_the_training():
         shown = np.asarray(tile.picture)[2::4, 2::4]
         # Boxes, masks and names cover a part; the rest is the training image itself.
         assert (shown == example["image"]).all(-1).mean() > 0.4
-        texts = [tokenizer.decode(ids) for ids in example["text"]]
-        assert [line.text.split("  [cut")[0] for line in tile.lines[-2:]] == texts
+        texts = [tokenizer.decode(ids) for ids in example["text"][example["text_valid"]]]
+        assert [line.text.split("  [cut")[0] for line in tile.lines[-len(texts) :]] == texts
         plain = show._tile(pipeline, position, augmented=False, colours={})
         assert (np.asarray(plain.picture)[2::4, 2::4] == example["image"]).all(-1).mean() < 0.4
     first, second = (contact_sheet(config, count=5, augmented=True, **options) for _ in range(2))

@@ -129,6 +129,7 @@ def test_phantoms():
         ({"weight": 0.0}, "above 0"),
         ({"text": {}}, "field names"),
         ({"templates": ("no place",)}, "no '{}'"),
+        ({"descriptions": {"cyst": ("dark",)}}, "shows no labels"),
     ],
 )
 def test_bad_sources(options, match):

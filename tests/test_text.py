@@ -1,6 +1,5 @@
-"""Tokenizers and the choice of a record's text."""
+"""Tokenizers."""
 
-import collections
 import subprocess
 import sys
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 
 from bvl.data.text import MASK, PAD, START, Tokenizer, TokenizerConfig
-from bvl.data.text_choice import TextChoice, text_id
 from bvl.errors import ConfigError, DataError
 
 TEXTS = [
@@ -159,81 +157,3 @@ def test_nothing_to_train_on():
 def test_bad_options(options):
     with pytest.raises(ConfigError):
         TokenizerConfig(**options)
-
-
-def test_text_ids_ignore_case_and_spacing():
-    assert text_id("Clear  lungs\n") == text_id("clear lungs") != text_id("clear lung")
-    assert 0 <= text_id("x") < 2**32
-
-
-# --- Which text of a record -------------------------------------------------------------------------------
-
-
-def draws(choice, record, n=4000):
-    rng = np.random.default_rng(0)
-    counts = collections.Counter(choice.pick(record, rng)[0] for _ in range(n))
-    return {text: count / n for text, count in counts.items()}
-
-
-def test_fields_with_probabilities():
-    choice = TextChoice.of({"caption": 0.5, "alt_text": 0.3, "findings": 0.2})
-    record = {"caption": "c", "alt_text": "a", "findings": "f"}
-    shares = draws(choice, record)
-    assert shares == pytest.approx({"c": 0.5, "a": 0.3, "f": 0.2}, abs=0.03)
-    # A missing or blank field gives its share to the others in proportion.
-    shares = draws(choice, {"caption": "c", "alt_text": "a", "findings": "  "})
-    assert shares == pytest.approx({"c": 0.625, "a": 0.375}, abs=0.03)
-    assert draws(choice, {"findings": "f", "caption": None}) == {"f": 1.0}
-    assert choice.pick({"other": "x"}, np.random.default_rng(0)) == []
-    assert choice.first(record) == "c" and choice.first({}) is None
-    assert choice.all(record) == ["c", "a", "f"]
-
-
-def test_alternatives_templates_and_class_prompts():
-    shares = draws(TextChoice.of("captions"), {"captions": ["a", "b", "", "c", "d"]})
-    assert shares == pytest.approx({"a": 0.25, "b": 0.25, "c": 0.25, "d": 0.25}, abs=0.03)
-    choice = TextChoice.of("labels", ["an image of {}", "{} with {braces}"])
-    assert choice.all({"labels": ["cyst", "mass {x}"]}) == [
-        "an image of cyst, mass {x}",
-        "cyst, mass {x} with {braces}",
-    ]
-    assert choice.all({"labels": []}) == choice.all({}) == []
-    assert TextChoice.of("labels").all({"labels": ["cyst"]}) == ["cyst"]
-    assert TextChoice.of("class_prompt").all({"class_prompt": "a hand X-ray"}) == ["a hand X-ray"]
-
-
-def test_fields_that_hold_no_text_are_absent():
-    for value in (43, {"a": "b"}, [1, 2], True):
-        assert TextChoice.of("age").all({"age": value}) == []
-
-
-def test_several_texts_an_image():
-    rng = np.random.default_rng(0)
-    choice = TextChoice.of({"caption": 0.9, "alt_text": 0.1})
-    record = {"caption": "c", "alt_text": "a"}
-    for _ in range(20):
-        assert sorted(choice.pick(record, rng, 2)) == ["a", "c"]
-        assert sorted(choice.pick(record, rng, 4)) == ["a", "a", "c", "c"]
-    assert choice.pick({"caption": "c"}, rng, 3) == ["c", "c", "c"]
-    many = {"caption": ["1", "2", "3"], "alt_text": "a"}
-    for _ in range(20):
-        assert sorted(TextChoice.of("caption").pick(many, rng, 3)) == ["1", "2", "3"]
-        four = choice.pick(many, rng, 4)
-        assert four.count("a") == 2 and len(set(four)) == 3
-
-
-def test_picks_depend_on_the_generator_alone():
-    choice = TextChoice.of({"caption": 0.5, "alt_text": 0.5})
-    record = {"caption": ["1", "2", "3"], "alt_text": "a"}
-    runs = [[choice.pick(record, np.random.default_rng(i), 2) for i in range(30)] for _ in range(2)]
-    assert runs[0] == runs[1]
-    assert record["caption"] == ["1", "2", "3"]
-
-
-@pytest.mark.parametrize(
-    "text, templates",
-    [({}, ()), ({"caption": 0.0}, ()), ({"caption": -1.0, "x": 1.0}, ()), ("labels", ("no place",))],
-)
-def test_bad_choices(text, templates):
-    with pytest.raises(ConfigError):
-        TextChoice.of(text, templates)

@@ -6,7 +6,8 @@ A task names the keys it reads; the pipeline builds those, plus the bookkeeping 
     valid                 bool     False for padding rows of an evaluation
     image                 u8 [H, W, 3]      image_valid  bool     image_box  f32 [4]: the part that is not padding
     text                  i32 [K, T]        text_mask    bool [K, T]
-    text_valid            bool [K]          text_id      u32 [K]: equal texts have equal ids
+    text_valid            bool [K]: False where a record has fewer than K different texts
+    text_id               u32 [K]: equal texts have equal ids
     labels                f32 [C]           label_valid  bool [C]
 """
 
@@ -56,7 +57,7 @@ def missing(record: dict[str, Any], needs: frozenset[Need], choice: TextChoice) 
     absent = set()
     if Need.IMAGE in needs and record.get("image") is None:
         absent.add(Need.IMAGE)
-    if Need.TEXT in needs and not choice.all(record):
+    if Need.TEXT in needs and not choice.offers(record):
         absent.add(Need.TEXT)
     if Need.LABELS in needs and record.get("labels") is None:
         absent.add(Need.LABELS)

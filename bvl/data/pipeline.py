@@ -21,7 +21,7 @@ from bvl.data.batch import Need, needs_of
 from bvl.data.sampler import Sampler
 from bvl.data.sources import RecordSet, Source
 from bvl.data.text import Tokenizer, TokenizerConfig
-from bvl.data.text_choice import text_id
+from bvl.data.text_choice import drop_words, text_id
 from bvl.data.transforms import Augment, Preprocess, apply
 from bvl.errors import ConfigError, DataError, ImageError
 
@@ -38,7 +38,9 @@ class DataConfig:
     workers: processes (0 = threads of this process, which is enough where PIL does the work).
     threads, prefetch: threads that build batches, and batches kept ready; with workers they are shared out
     among them, at least one each.
-    texts_per_image: K of the text keys. classes: names of the label columns, None = all labels in training.
+    texts_per_image: K of the text keys; a record with fewer different texts fills the rest with invalid ones.
+    word_dropout: share of the words of a training text that are left out, drawn anew for each; one always stays.
+    classes: names of the label columns, None = all labels in training.
     """
 
     train: tuple[Source, ...] = (Source(),)
@@ -47,6 +49,7 @@ class DataConfig:
     augment: Augment = Augment()
     tokenizer: TokenizerConfig = TokenizerConfig()
     texts_per_image: int = 1
+    word_dropout: float = 0.0
     classes: tuple[str, ...] | None = None
     max_bad_fraction: float = 0.01
     workers: int = 0
@@ -58,6 +61,8 @@ class DataConfig:
             raise ConfigError("data.train is empty: name at least one source")
         if self.texts_per_image < 1:
             raise ConfigError(f"data.texts_per_image={self.texts_per_image}: must be at least 1")
+        if not 0 <= self.word_dropout < 1:
+            raise ConfigError(f"data.word_dropout={self.word_dropout}: must lie in [0, 1)")
         names = [s.label for s in self.train]
         if len(set(names)) < len(names) and self.root is None:
             raise ConfigError(f"data.train: source names must differ, got {names}; set name=")
@@ -178,9 +183,13 @@ class Pipeline:
         if Need.TEXT in self.needs:
             count = config.texts_per_image
             texts = record_set.choice.pick(record, rng, count)
-            out["text_valid"] = np.full(count, bool(texts))
-            out["text"], out["text_mask"] = self.tokenizer.encode_texts(texts or [""] * count)
-            out["text_id"] = np.array([text_id(t) for t in texts or [""] * count], np.uint32)
+            out["text_valid"] = np.arange(count) < len(texts)
+            texts += [""] * (count - len(texts))
+            # Two texts with the same meaning stay each other's positives, whichever words are left out.
+            out["text_id"] = np.array([text_id(text) for text in texts], np.uint32)
+            if config.word_dropout:
+                texts = [drop_words(text, config.word_dropout, rng) for text in texts]
+            out["text"], out["text_mask"] = self.tokenizer.encode_texts(texts)
         if Need.LABELS in self.needs:
             out["labels"], out["label_valid"] = encode_labels(record, self._class_index)
         return {k: v for k, v in out.items() if k in self.keys}

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from bvl.data.pipeline import DataConfig, Pipeline, training_texts
 from bvl.data.sources import RecordSet
 from bvl.data.text import Tokenizer
+from bvl.data.text_choice import drop_words
 from bvl.data.transforms import Transformed, apply
 from bvl.errors import ConfigError, DataError
 
@@ -140,6 +141,8 @@ def _tile(pipeline: Pipeline, position: int, *, augmented: bool, colours: dict[s
         choice = record_set.choice
         if augmented:
             texts = choice.pick(record, rng, config.texts_per_image)
+            if config.word_dropout:
+                texts = [drop_words(text, config.word_dropout, rng) for text in texts]
         else:
             texts = [text for text in [choice.first(record)] if text is not None]
         lines += [_decoded(text, tokenizer) for text in texts] or [_Line("(no text)", FAINT)]

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,7 +28,10 @@ class Source:
     root: a folder with records.jsonl (or one CSV), or the file itself; `phantoms`: generated instead.
     subfolder: where below data.root this source lies, when its root comes from there.
     split: the split to read, None = all. Where no record has one, 90 % are "train" and 10 % "val", by group.
-    text: the field to read, or fields with probabilities; "labels" fills `templates`.
+    text: the field to read, or fields and templates over fields ("{modality} of the {organ}") with probabilities;
+      "labels" fills `templates`.
+    descriptions: label -> texts that stand for it where labels are read as text, drawn anew each time.
+    sentences: "one" trains on one random sentence of a text instead of all.
     laterality: left and right matter, so horizontal flips are forbidden.
     cache: keep decoded images in memory (for sets that fit).
     """
@@ -41,6 +44,8 @@ class Source:
     weight: float = 1.0
     text: str | dict[str, float] = "caption"
     templates: tuple[str, ...] = ()
+    descriptions: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    sentences: Literal["all", "one"] = "all"
     laterality: bool = True
     cache: bool = False
     image_column: str = "image"
@@ -51,7 +56,9 @@ class Source:
             raise ConfigError(f"source {self.name or self.root!r}: give root or phantoms, not both")
         if self.weight <= 0:
             raise ConfigError(f"source {self.name or self.root!r}: weight={self.weight} must be above 0")
-        TextChoice.of(self.text, self.templates)
+        if self.descriptions and not self.choice().reads_labels():
+            raise ConfigError(f"descriptions stand for labels, but text={self.text!r} shows no labels")
+        self.choice()
 
     @property
     def label(self) -> str:
@@ -61,6 +68,15 @@ class Source:
         if self.phantoms is not None:
             return "phantoms"
         return Path(self.root).stem if self.root else "unnamed"
+
+    def choice(self, text: str | dict[str, float] | None = None) -> TextChoice:
+        """Which text of its records is read; `text` in place of the source's own."""
+        return TextChoice.of(
+            self.text if text is None else text,
+            self.templates,
+            descriptions=self.descriptions,
+            sentences=self.sentences,
+        )
 
     def at_root(self, root: str) -> Source:
         """This source, reading `root` where it has no place of its own yet."""
@@ -77,7 +93,7 @@ class RecordSet:
     def __init__(self, source: Source):
         self.config = source
         self.name = source.label
-        self.choice = TextChoice.of(source.text, source.templates)
+        self.choice = source.choice()
         self._cache: dict[int, dict[str, Any]] = {}
         self.root: Path | None = None
         if source.phantoms is not None:
