@@ -136,6 +136,7 @@ def build_model(config: config_lib.Config, tokenizer: Tokenizer) -> DualEncoder:
         image_size=config.data.preprocess.height_width,
         vocab_size=tokenizer.vocab_size,
         context_length=tokenizer.context_length,
+        pad_id=tokenizer.pad_id,
         end_id=tokenizer.end_id,
         dtype=jnp.dtype(config.precision),
     )
