@@ -252,6 +252,36 @@ def test_retrieval_knows_equal_texts_and_texts_of_one_image(tmp_path, components
     assert [e["id"] for e in result.per_example] == ["r0", "r3", "r1", "r2", "r4"]
 
 
+def test_retrieval_with_all_texts_of_a_record(tmp_path, components):
+    records = [
+        {"id": "a", "image": "0.png", "caption": "a nodule", "alt_text": "one spot"},
+        {"id": "b", "image": "1.png", "caption": "no nodule", "alt_text": "A nodule"},
+        {"id": "c", "image": "2.png", "caption": "two cysts", "alt_text": "two  cysts"},
+    ]
+    root = write_folder(tmp_path / "a", records)
+    source = Source(root=root, split=None, text={"alt_text": 0.2, "caption": 0.8})
+    every = run(Retrieval(source=source, texts_per_image=None), components)
+    texts = ["a nodule", "one spot", "no nodule", "A nodule", "two cysts"]
+    assert [e["text"] for e in every.per_example] == texts
+    metrics = every.metrics
+    assert (metrics["num_images"], metrics["num_texts"], metrics["num_distinct_texts"]) == (3, 5, 4)
+    assert every.provenance["num_evaluated"] == 3 and every.provenance["texts_per_image"] is None
+    # Both texts "a nodule" are right for images 0 and 1, each of which has one more.
+    positive = np.array([[1, 1, 0, 1, 0], [1, 0, 1, 1, 0], [0, 0, 0, 0, 1]], bool)
+    image = contrastive.embed_images(components, [f"{root}/{n}.png" for n in range(3)])
+    scores = (image @ contrastive.embed_texts(components, texts).T).astype(np.float64)
+    for name, s, right in (("i2t", scores, positive), ("t2i", scores.T, positive.T)):
+        best = np.where(right, s, -2).max(1, keepdims=True)
+        assert metrics[f"{name}_r1"] == pytest.approx(np.mean(((s >= best - 1e-6) & ~right).sum(1) < 1))
+        assert metrics[f"{name}_r1/chance"] == pytest.approx(np.mean(right.sum(1) / right.shape[1]))
+    one = run(Retrieval(source=source), components)
+    assert [e["text"] for e in one.per_example] == ["a nodule", "no nodule", "two cysts"]
+    two = run(Retrieval(source=source, texts_per_image=2), components)
+    assert two.per_example == every.per_example
+    with pytest.raises(ConfigError, match="texts_per_image=0"):
+        Retrieval(source=source, texts_per_image=0)
+
+
 def test_retrieval_takes_a_fixed_sample(components):
     suite = Retrieval(source=ALL, max_images=20)
     first, second = run(suite, components), run(dataclasses.replace(suite), components)

@@ -9,7 +9,7 @@ import functools
 import numpy as np
 
 from bvl.data.sources import Source
-from bvl.data.text_choice import TextChoice, text_id
+from bvl.data.text_choice import text_id
 from bvl.errors import ConfigError, DataError
 from bvl.evals.base import (
     BOOTSTRAP_SAMPLES,
@@ -36,37 +36,46 @@ KS = (1, 5, 10)
 class Retrieval(Suite):
     """Recall at 1, 5 and 10 of images by text (t2i) and texts by image (i2t), beside the level of chance.
 
-    Each record gives one pair: its image and its evaluation text (the first option of the most probable field).
+    Each record gives pairs of its image with its evaluation texts: by default one, the first alternative of the most
+    probable option of the choice of texts.
     Records with the same image path are one image with several texts. A text is right for an image if the image
     has that text or an equal one (without regard to case and spacing). Every record's text is a query and a target
     of its own, also where texts are equal: all images with that text are then right.
 
     max_images: take so many images, drawn by `seed`, with all their texts; None = all.
     text: the field or fields to read, None = the source's.
+    texts_per_image: read so many different texts of each record, of the most probable option first; None = all, of
+      every option. Each is a query and a target of its own, and an image is found by any of its texts.
     """
 
     source: Source
     max_images: int | None = None
     text: str | dict[str, float] | None = None
+    texts_per_image: int | None = 1
     seed: int = 0
 
     def __post_init__(self):
         if self.max_images is not None and self.max_images < 2:
             raise ConfigError(f"max_images={self.max_images}: retrieval needs at least 2")
-        if self.text is not None:
-            TextChoice.of(self.text, self.source.templates)
+        if self.texts_per_image is not None and self.texts_per_image < 1:
+            raise ConfigError(f"texts_per_image={self.texts_per_image}: give 1 or more, or None for all")
+        self.source.choice(self.text)
 
     @functools.cached_property
     def _pairs(self) -> tuple[list[tuple[int, int, str]], dict[str, int]]:
         """((image number, record index, text) of every pair, count of records left out by reason)."""
         record_set = self.opened()
-        choice = record_set.choice if self.text is None else TextChoice.of(self.text, self.source.templates)
+        choice = self.source.choice(self.text)
         candidates, left_out = with_images(record_set)
-        texts = {i: text for i in candidates if (text := choice.first(record_set.describe(i))) is not None}
+        texts = {
+            i: found[: self.texts_per_image]
+            for i in candidates
+            if (found := choice.for_evaluation(record_set.describe(i)))
+        }
         if len(texts) < len(candidates):
             left_out["without text"] += len(candidates) - len(texts)
         if len(texts) < 2:
-            wanted = " or ".join(name for name, _ in choice.fields)
+            wanted = " or ".join(name for name, _ in choice.options)
             raise DataError(
                 f"{describe(record_set)}: {len(texts)} records have an image and the text {wanted!r}, retrieval needs "
                 f"2 or more; fields that records have: {fields_of(record_set)}"
@@ -79,7 +88,8 @@ class Retrieval(Suite):
             order = np.random.default_rng(self.seed).permutation(len(chosen))[: self.max_images]
             left_out["beyond max_images"] = len(texts) - sum(len(chosen[i]) for i in order)
             chosen = [chosen[i] for i in sorted(order)]
-        return [(n, i, texts[i]) for n, records in enumerate(chosen) for i in records], dict(left_out)
+        pairs = [(n, i, text) for n, records in enumerate(chosen) for i in records for text in texts[i]]
+        return pairs, dict(left_out)
 
     def check_records(self) -> None:
         pairs, _ = self._pairs
@@ -140,12 +150,13 @@ class Retrieval(Suite):
             provenance(
                 components,
                 record_set,
-                [i for _, i, _ in pairs],
+                list(dict.fromkeys(i for _, i, _ in pairs)),
                 left_out=left_out,
                 unreadable=unreadable,
                 undefined=out.undefined,
                 text=self.text if self.text is not None else self.source.text,
                 max_images=self.max_images,
+                texts_per_image=self.texts_per_image,
                 num_truncated_texts=components.tokenizer.count_truncated([text for _, _, text in pairs]),
             ),
             per_example,
