@@ -149,6 +149,11 @@ class Tokenizer:
         return [len(e.ids) for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
 
     @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Of padding, start and end, which hold no word."""
+        return tuple(sorted({self.pad_id, self.start_id, self.end_id}))
+
+    @property
     def hash(self) -> str:
         """Hash of vocabulary and rules; two tokenizers with the same hash give the same ids."""
         return hashlib.sha256(self._model.to_str().encode()).hexdigest()[:12]

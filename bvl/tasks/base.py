@@ -37,12 +37,18 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What a task may need to know to make its heads."""
+    """What a task may need to know to make its heads and to prepare its inputs.
+
+    vocab_size, mask_id, special_ids: of the tokenizer; mask_id is None where its vocabulary has no mask token.
+    """
 
     image_width: int
     text_width: int
     embed_dim: int
     classes: tuple[str, ...]
+    vocab_size: int = 0
+    mask_id: int | None = None
+    special_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Context:
     features: kind -> features of the trained model; texts come as [B * K, ...].
     frozen: encoder name -> kind -> features, without gradient.
     heads: name -> the task's head with its parameters applied.
-    scale, bias: of the contrastive logits.
+    scale, bias: of the contrastive logits. token_embed: the text tower's table, for heads tied to it.
     """
 
     features: dict[str, Features]
@@ -60,6 +66,7 @@ class Context:
     heads: dict[str, Callable[..., Any]]
     scale: Float[Array, ""]
     bias: Float[Array, ""]
+    token_embed: Float[Array, "v d"]
     batch: dict[str, jax.Array]
     extra: Any
     rng: jax.Array

@@ -88,7 +88,13 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
         preprocess=config.data.preprocess,
         tasks=config.tasks,
         info=ModelInfo(
-            config.model.image.sizes[0], config.model.text.width, config.model.embed_dim, data.classes
+            config.model.image.sizes[0],
+            config.model.text.width,
+            config.model.embed_dim,
+            data.classes,
+            vocab_size=data.tokenizer.vocab_size,
+            mask_id=data.tokenizer.mask_id,
+            special_ids=data.tokenizer.special_ids,
         ),
         mesh=mesh,
         seed=config.seed,

@@ -130,6 +130,7 @@ class Program:
                     heads=heads,
                     scale=scale,
                     bias=bias,
+                    token_embed=params["model"]["text"]["token_embed"],
                     batch=batch,
                     extra=extra[name],
                     rng=jax.random.fold_in(rng, i),
