@@ -356,6 +356,24 @@ def test_laterality_forbids_horizontal_flips(folder):
         assert {bool(x[:, 0].sum() > x[:, -1].sum()) for x in of_source} == flipped
 
 
+def test_a_source_may_have_its_own_random_changes(folder):
+    options = {"root": folder, "split": None, "laterality": False}
+    own = Augment(flip_horizontal=True)
+    pipeline = make(
+        Source(name="plain", **options),
+        Source(name="own", augment=own, **options),
+        augment=Augment(),
+        batch_size=60,
+    )
+    (batch,) = batches(pipeline, 0, 1)
+    images = batch["image"].astype(int)
+    for source, flipped in ((0, {False}), (1, {True, False})):
+        of_source = images[batch["source"] == source]
+        assert {bool(x[:, 0].sum() > x[:, -1].sum()) for x in of_source} == flipped
+    with pytest.raises(ConfigError, match="laterality=true"):
+        Source(root=folder, augment=own)
+
+
 def test_a_flip_that_no_source_permits_is_refused(folder):
     source = Source(root=folder, split=None)
     with pytest.raises(ConfigError, match="data.train.0.laterality=false"):

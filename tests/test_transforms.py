@@ -348,6 +348,52 @@ def test_padding_keeps_its_fill_under_jitter():
     assert (result.image[:4] == 90).all() and (result.image[12:] == 90).all()
 
 
+def erased(augment, seed, image, **preprocess):
+    """(the covered pixels [H, W], the result)"""
+    options = {
+        "preprocess": Preprocess(image_size=image.shape[0], **preprocess),
+        "boxes": np.array([[0, 0, 1, 1.0]]),
+    }
+    plain = apply(image, **options)
+    result = apply(image, **options, augment=augment, rng=np.random.default_rng(seed))
+    np.testing.assert_array_equal(result.boxes, plain.boxes)
+    assert result.box_valid.all()
+    return (result.image != plain.image).any(-1), result.image
+
+
+def test_random_erasing():
+    image = np.full((40, 40, 3), 7, np.uint8)
+    augment = Augment(erase=0.7, erase_scale=(0.1, 0.3), erase_fill="mean")
+    shares, places = [], []
+    for seed in range(200):
+        covered, result = erased(augment, seed, image, mean=(0.2, 0.4, 0.6))
+        if covered.any():
+            rows, columns = np.flatnonzero(covered.any(1)), np.flatnonzero(covered.any(0))
+            assert covered[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+            assert (result[covered] == [51, 102, 153]).all()
+            shares.append(covered.mean())
+            places.append(rows.mean())
+    # Whole pixels make a share somewhat smaller or larger than asked for.
+    assert 0.08 < min(shares) < 0.13 and 0.27 < max(shares) < 0.33
+    assert len(shares) / 200 == pytest.approx(0.7, abs=0.08)
+    assert min(places) < 10 and max(places) > 30
+    covered, result = erased(Augment(erase=1.0), 0, image)
+    assert len(np.unique(result[covered])) > 30
+    np.testing.assert_array_equal(result, erased(Augment(erase=1.0), 0, image)[1])
+    assert not np.array_equal(result, erased(Augment(erase=1.0), 1, image)[1])
+
+
+def test_erasing_leaves_the_padding():
+    image = np.full((40, 10, 3), 200, np.uint8)
+    for seed in range(20):
+        covered, _ = erased(Augment(erase=1.0), seed, image, resize="pad", fill=3)
+        assert not covered[:, :15].any() and not covered[:, 25:].any()
+    # What cannot fit is not done.
+    thin = np.full((40, 1, 3), 200, np.uint8)
+    covered, _ = erased(Augment(erase=1.0, erase_scale=(1.0, 1.0)), 0, thin, resize="pad")
+    assert not covered.any()
+
+
 def test_a_mask_may_have_another_resolution_but_not_another_shape():
     image, preprocess = noise(40, 60), Preprocess(image_size=20, resize="squash")
     mask = np.zeros((20, 30), np.int32)
@@ -383,6 +429,9 @@ def test_preprocess_survives_json(image_size):
         (Augment, {"brightness": -0.1}, "brightness"),
         (Augment, {"contrast": "x"}, "contrast"),
         (Augment, {"flip_horizontal": 1}, "flip_horizontal"),
+        (Augment, {"erase": 1.5}, "erase"),
+        (Augment, {"erase_scale": (0.5, 0.1)}, "erase_scale"),
+        (Augment, {"erase_fill": "black"}, "noise or mean"),
     ],
 )
 def test_bad_options(kind, options, expected):

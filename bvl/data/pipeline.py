@@ -67,6 +67,10 @@ class DataConfig:
         if len(set(names)) < len(names) and self.root is None:
             raise ConfigError(f"data.train: source names must differ, got {names}; set name=")
 
+    def augment_of(self, source: Source) -> Augment:
+        """The random changes of a source's training images."""
+        return self.augment if source.augment is None else source.augment
+
     def sources(self) -> tuple[Source, ...]:
         """The training sources with `root` filled in; phantoms give way to a root.
 
@@ -104,7 +108,8 @@ class Pipeline:
         self.needs = needs_of(self.keys)
         if Need.TEXT in self.needs and tokenizer is None:
             raise ConfigError("a task reads text, but no tokenizer was given")
-        if config.augment.flip_horizontal and all(s.config.laterality for s in sets):
+        flipped = [s.config.laterality for s in sets if config.augment_of(s.config).flip_horizontal]
+        if flipped and all(flipped):
             raise ConfigError(
                 "data.augment.flip_horizontal=true mirrors no image, since every source says that left and right "
                 "matter: set data.train.0.laterality=false where they do not, or leave the flip out"
@@ -174,7 +179,7 @@ class Pipeline:
                 shown = apply(
                     record["image"],
                     preprocess=config.preprocess,
-                    augment=config.augment,
+                    augment=config.augment_of(record_set.config),
                     rng=rng,
                     allow_horizontal_flip=not record_set.config.laterality,
                 )

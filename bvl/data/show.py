@@ -125,7 +125,7 @@ def _tile(pipeline: Pipeline, position: int, *, augmented: bool, colours: dict[s
             shown = apply(
                 record["image"],
                 preprocess=config.preprocess,
-                augment=config.augment if augmented else None,
+                augment=config.augment_of(record_set.config) if augmented else None,
                 rng=rng if augmented else None,
                 boxes=np.array(boxes, np.float64).reshape(-1, 4),
                 mask=record.get("mask"),

@@ -16,6 +16,7 @@ from bvl.data.batch import Need, missing
 from bvl.data.images import load_mask, open_image
 from bvl.data.phantoms import Phantoms, PhantomSource
 from bvl.data.text_choice import TextChoice
+from bvl.data.transforms import Augment
 from bvl.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Source:
     descriptions: label -> texts that stand for it where labels are read as text, drawn anew each time.
     sentences: "one" trains on one random sentence of a text instead of all.
     laterality: left and right matter, so horizontal flips are forbidden.
+    augment: random changes of this source's training images, None = those of data.augment.
     cache: keep decoded images in memory (for sets that fit).
     """
 
@@ -47,6 +49,7 @@ class Source:
     descriptions: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     sentences: Literal["all", "one"] = "all"
     laterality: bool = True
+    augment: Augment | None = None
     cache: bool = False
     image_column: str = "image"
     text_column: str | None = None
@@ -56,6 +59,11 @@ class Source:
             raise ConfigError(f"source {self.name or self.root!r}: give root or phantoms, not both")
         if self.weight <= 0:
             raise ConfigError(f"source {self.name or self.root!r}: weight={self.weight} must be above 0")
+        if self.augment is not None and self.augment.flip_horizontal and self.laterality:
+            raise ConfigError(
+                f"source {self.label!r}: its augment.flip_horizontal=true mirrors no image while laterality=true "
+                f"says that left and right matter; change one of them"
+            )
         if self.descriptions and not self.choice().reads_labels():
             raise ConfigError(f"descriptions stand for labels, but text={self.text!r} shows no labels")
         self.choice()

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
+from bvl.data.erasing import erase
 from bvl.data.geometry import AxisAlignedMap, Rectangle, clip_boxes, crop_map, flip_map, place_map
 from bvl.errors import ConfigError, DataError
 
@@ -108,6 +109,8 @@ class Augment:
       for `shortest_crop` (1 = undistorted) and to the whole image's for `squash` and `pad` (1 = like evaluation).
     flip_horizontal, flip_vertical: mirror with probability 1/2; horizontally only images of sources without laterality.
     brightness, contrast: b draws a factor from [1 - b, 1 + b]; contrast is about the mean grey value.
+    erase: probability that a rectangle of the image is covered; boxes and masks stay as they are.
+    erase_scale: range of its share of the image area; erase_fill: with noise, or the preprocessing's mean colour.
     """
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
@@ -116,19 +119,24 @@ class Augment:
     flip_vertical: bool = False
     brightness: float = 0.0
     contrast: float = 0.0
+    erase: float = 0.0
+    erase_scale: tuple[float, float] = (0.02, 0.33)
+    erase_fill: Literal["noise", "mean"] = "noise"
 
     def __post_init__(self):
-        for name, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+        for name, top in (("crop_scale", 1.0), ("crop_ratio", math.inf), ("erase_scale", 1.0)):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(_is_number, value)):
                 raise ConfigError(f"{name} is {value!r}; give two numbers (low, high).")
             if not 0 < value[0] <= value[1] <= top:
                 raise ConfigError(f"{name} is {value!r}; it needs 0 < low <= high <= {top:g}.")
             object.__setattr__(self, name, tuple(float(v) for v in value))
-        for name in ("brightness", "contrast"):
+        for name in ("brightness", "contrast", "erase"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value!r}; give a number from 0 (off) to 1.")
+        if self.erase_fill not in ("noise", "mean"):
+            raise ConfigError(f"erase_fill is {self.erase_fill!r}; choose noise or mean.")
         for name in ("flip_horizontal", "flip_vertical"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give True or False.")
@@ -206,8 +214,12 @@ def apply(
     if mask is not None:
         mask = _sample_mask(mask, to_original, window, (height, width), image)
     # Grey images stay single-channel up to here: a third of the work for the same values.
+    pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    if augment is not None and augment.erase and rng.random() < augment.erase:
+        colour = preprocess.mean if augment.erase_fill == "mean" else None
+        pixels = erase(pixels, scale=augment.erase_scale, colour=colour, within=window, rng=rng)
     return Transformed(
-        image=np.array(picture if picture.mode == "RGB" else picture.convert("RGB")),
+        image=pixels,
         boxes=boxes,
         box_valid=box_valid,
         mask=mask,
