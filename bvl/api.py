@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -16,6 +17,8 @@ from bvl.evals.base import evaluate
 from bvl.evals.folder import suites_for
 from bvl.runs import Components, load_components
 from bvl.tasks import contrastive
+
+logger = logging.getLogger(__name__)
 
 FOREIGN = ("open_clip:", "hf:")
 
@@ -49,15 +52,30 @@ class Model:
         """
         return contrastive.embed_images(self.components, _several(images), batch_size=batch_size)
 
-    def embed_texts(self, texts: Iterable[str], *, batch_size: int = 64) -> Float[np.ndarray, "n d"]:
-        """Unit-norm embeddings of texts; what exceeds the context length is cut, as in training."""
+    def embed_texts(
+        self, texts: Iterable[str], *, long: Literal["cut", "chunks"] = "cut", batch_size: int = 64
+    ) -> Float[np.ndarray, "n d"]:
+        """Unit-norm embeddings of texts.
+
+        long: "cut" drops what exceeds the context length, as in training, and logs how many texts that befell;
+        "chunks" reads long texts whole, in pieces of complete sentences, and gives the mean of the pieces'
+        embeddings weighted by their numbers of tokens, normalised again.
+        Raises UserError for one text instead of several, and for another `long`.
+        """
         if isinstance(texts, str):
             raise UserError(f"embed_texts takes a list of texts; for one write [{_short(texts)}]")
         texts = list(texts)
         for text in texts:
             if not isinstance(text, str):
                 raise UserError(f"embed_texts takes strings, not {type(text).__name__}")
-        return contrastive.embed_texts(self.components, texts, batch_size=batch_size)
+        if long == "cut" and (cut := self.components.tokenizer.count_truncated(texts)):
+            logger.warning(
+                "%d of %d texts are longer than the context of %d tokens and were cut; long='chunks' reads them whole",
+                cut,
+                len(texts),
+                self.components.tokenizer.context_length,
+            )
+        return contrastive.embed_texts(self.components, texts, long=long, batch_size=batch_size)
 
     def classify(
         self,

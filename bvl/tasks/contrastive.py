@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from bvl.data.long_texts import split_to_context
 from bvl.errors import ConfigError
 from bvl.losses.contrastive import sigmoid_loss, softmax_loss
 from bvl.losses.targets import diagonal, same_labels, same_text
@@ -113,12 +114,35 @@ def embed_images(
 
 
 def embed_texts(
-    components: Components, texts: Sequence[str], *, batch_size: int = 64
+    components: Components,
+    texts: Sequence[str],
+    *,
+    long: Literal["cut", "chunks"] = "cut",
+    batch_size: int = 64,
 ) -> Float[np.ndarray, "n d"]:
-    """Unit-norm embeddings of texts."""
-    return _stack(
-        (f.embed for f in components.encode_texts(texts, frozenset({"embed"}), batch_size)), components
+    """Unit-norm embeddings of texts.
+
+    long: what becomes of texts longer than the tower's context. "cut" reads their beginning, as training does.
+    "chunks" reads all of it: the text is taken apart into pieces of whole sentences that fit (`split_to_context`),
+    each is embedded, and the text's embedding is the mean of theirs weighted by their numbers of tokens,
+    normalised again. Texts that fit come out the same either way.
+    Raises ConfigError for another `long`.
+    """
+    if long not in ("cut", "chunks"):
+        raise ConfigError(f"long={long!r}: texts beyond the context are 'cut' or read in 'chunks'")
+    texts = list(texts)
+    whole = [[text] for text in texts]
+    pieces = whole if long == "cut" else [split_to_context(text, components.tokenizer) for text in texts]
+    flat = [piece for parts in pieces for piece in parts]
+    embed = _stack(
+        (f.embed for f in components.encode_texts(flat, frozenset({"embed"}), batch_size)), components
     )
+    if len(flat) == len(texts):
+        return embed
+    weights = np.maximum(components.tokenizer.lengths(flat), 1).astype(np.float32)
+    starts = np.cumsum([0, *(len(parts) for parts in pieces[:-1])])
+    sums = np.add.reduceat(embed * weights[:, None], starts)
+    return sums / np.linalg.norm(sums, axis=1, keepdims=True)
 
 
 def embed_prompts(components: Components, prompts: Sequence[str | Sequence[str]]) -> Float[np.ndarray, "c d"]:

@@ -1,0 +1,43 @@
+"""Texts longer than a tower's context, taken apart into pieces that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bvl.data.sentences import split_sentences
+from bvl.data.text import Tokenizer
+
+# How a piece that is too long by itself is taken apart, coarse to fine: (parts, what joins neighbours again).
+_LEVELS: tuple[tuple[Callable[[str], list[str]], str], ...] = (
+    (split_sentences, " "),
+    (str.split, " "),
+    (list, ""),
+)
+
+
+def split_to_context(text: str, tokenizer: Tokenizer) -> list[str]:
+    """The pieces of `text`, in order, none longer than the tokenizer's context; a text that fits is one piece.
+
+    A piece is as many consecutive sentences as fit. A sentence that is too long by itself is split at words, a
+    word that is too long within. No word is left out.
+    """
+    room = tokenizer.context_length - 2
+
+    def fits(piece: str) -> bool:
+        return tokenizer.lengths([piece])[0] <= room
+
+    def pack(piece: str, level: int) -> list[str]:
+        # A single character can be more tokens than a tiny context has; the tokenizer then cuts it.
+        if fits(piece) or level == len(_LEVELS):
+            return [piece]
+        split, joiner = _LEVELS[level]
+        packed: list[str] = []
+        # Nothing but punctuation is no sentence.
+        for part in split(piece) or [piece]:
+            if packed and fits(joined := f"{packed[-1]}{joiner}{part}"):
+                packed[-1] = joined
+            else:
+                packed += pack(part, level + 1)
+        return packed
+
+    return pack(text, 0)
