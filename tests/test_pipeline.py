@@ -176,6 +176,26 @@ def test_mixture_shares(mixture):
     assert len(lines) == 2 and "11 of 11 records" in lines[0] and "share 33.3%" in lines[0]
 
 
+def test_balanced_and_scheduled_sources(folder):
+    """Few phantoms at first, then few of the folder, whose labels come equally often: five odd ones, six even."""
+    sources = (
+        Source(root=folder, split=None, balance="labels", weight=((0, 1.0), (4, 0.0), (5, 0.0), (9, 1.0))),
+        Source(phantoms=Phantoms(num_patients=10, image_size=32), split=None, weight=((0, 0.0), (4, 1.0))),
+    )
+    pipeline = make(*sources, keys=frozenset({"labels"}))
+    stream = batches(pipeline, 0, 20)
+    assert (stream[0]["source"] == 0).all() and (stream[4]["source"] == 1).all()
+    assert sum((b["source"] == 0).sum() for b in stream[9:19]) == 40
+    odd = pipeline.classes.index("odd")
+    drawn = np.concatenate([b["labels"][b["source"] == 0, odd] for b in stream])
+    assert abs(drawn.sum() - len(drawn) / 2) <= 1
+    halves = [batches(pipeline, 7, 20, host=h, num_hosts=2) for h in (0, 1)]
+    for whole, *parts in zip(stream[7:], *halves, strict=True):
+        assert_equal({k: np.concatenate([part[k] for part in parts]) for k in whole}, whole)
+    line = pipeline.summary()[0]
+    assert "share 100.0% at step 0, 0.0% at step 4, " in line and line.endswith("balanced by labels")
+
+
 # --- Records that lack something --------------------------------------------------------------------------
 
 

@@ -122,11 +122,29 @@ def test_phantoms():
     assert len(index) == len(records) and left_out == {}
 
 
+def test_classes_to_balance_by(folder, tmp_path):
+    records = RecordSet(Source(root=folder, balance="labels"))
+    assert [c.tolist() for c in records.classes(np.arange(4))] == [[0], [1, 2, 3]]
+    assert [c.tolist() for c in records.classes(np.array([3, 0]))] == [[1], [0]]
+    assert RecordSet(Source(root=folder)).classes(np.arange(4)) is None
+    with pytest.raises(DataError, match="no record has the field 'modality'.*caption"):
+        RecordSet(Source(root=folder, balance="modality")).classes(np.arange(4))
+    several = [
+        {"id": str(i), "caption": "x", "labels": v} for i, v in enumerate((["b", "a", "b"], ["a"], []))
+    ]
+    root = write_folder(tmp_path, [{**r, "age": 3} for r in several])
+    records = RecordSet(Source(root=root, split=None, balance="labels"))
+    assert [c.tolist() for c in records.classes(np.arange(3))] == [[0, 1], [0], [2]]
+    with pytest.raises(DataError, match="needs strings, record '0' has 3"):
+        RecordSet(Source(root=root, split=None, balance="age")).classes(np.arange(3))
+
+
 @pytest.mark.parametrize(
     "options, match",
     [
         ({"root": "x", "phantoms": PHANTOMS}, "not both"),
         ({"weight": 0.0}, "above 0"),
+        ({"weight": ((5, 1.0), (0, 1.0))}, "order of their steps"),
         ({"text": {}}, "field names"),
         ({"templates": ("no place",)}, "no '{}'"),
         ({"descriptions": {"cyst": ("dark",)}}, "shows no labels"),

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from bvl.data.batch import Need, needs_of
-from bvl.data.sampler import Sampler
+from bvl.data.sampler import Sampler, weight_at
 from bvl.data.sources import RecordSet, Source
 from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.data.text_choice import drop_words, text_id
@@ -116,7 +116,13 @@ class Pipeline:
             )
         needs = {name: needs_of(keys) for name, keys in keys_of_tasks.items()}
         self.indices, self.left_out = zip(*(s.usable(needs) for s in sets), strict=True)
-        self.sampler = Sampler([len(i) for i in self.indices], [s.config.weight for s in sets], seed)
+        self.sampler = Sampler(
+            [len(i) for i in self.indices],
+            [s.config.weight for s in sets],
+            seed,
+            batch_size=batch_size,
+            classes=[s.classes(i) for s, i in zip(sets, self.indices, strict=True)],
+        )
         self._class_index = {name: i for i, name in enumerate(classes)}
 
     @property
@@ -125,12 +131,20 @@ class Pipeline:
 
     def summary(self) -> list[str]:
         """A line for each source: how many records, what was left out and why."""
+        weights = [s.config.weight for s in self.sets]
+        scheduled = sorted({step for w in weights if isinstance(w, tuple) for step, _ in w})
+        totals = {step: sum(weight_at(w, step) for w in weights) for step in scheduled or [0]}
         lines = []
         for record_set, index, left_out in zip(self.sets, self.indices, self.left_out, strict=True):
             why = f" ({', '.join(f'{n} {reason}' for reason, n in left_out.items())})" if left_out else ""
-            share = record_set.config.weight / sum(s.config.weight for s in self.sets)
+            shares = ", ".join(
+                f"{weight_at(record_set.config.weight, step) / total:.1%}"
+                + (f" at step {step}" if scheduled else "")
+                for step, total in totals.items()
+            )
+            balanced = f", balanced by {record_set.config.balance}" if record_set.config.balance else ""
             lines.append(
-                f"source {record_set.name}: {len(index)} of {len(record_set)} records{why}, share {share:.1%}"
+                f"source {record_set.name}: {len(index)} of {len(record_set)} records{why}, share {shares}{balanced}"
             )
         return lines
 

@@ -15,6 +15,7 @@ from bvl.data import records as records_lib
 from bvl.data.batch import Need, missing
 from bvl.data.images import load_mask, open_image
 from bvl.data.phantoms import Phantoms, PhantomSource
+from bvl.data.sampler import check_weight
 from bvl.data.text_choice import TextChoice
 from bvl.data.transforms import Augment
 from bvl.errors import ConfigError, DataError
@@ -29,6 +30,10 @@ class Source:
     root: a folder with records.jsonl (or one CSV), or the file itself; `phantoms`: generated instead.
     subfolder: where below data.root this source lies, when its root comes from there.
     split: the split to read, None = all. Where no record has one, 90 % are "train" and 10 % "val", by group.
+    weight: share of the mixture relative to the other sources, or a schedule of (step, weight) points, with straight
+      lines between them: ((0, 1.0), (1000, 0.1)).
+    balance: "labels" or another field with strings: each of its values comes equally often. A record with several
+      labels stands for each of them; records without any are one more value.
     text: the field to read, or fields and templates over fields ("{modality} of the {organ}") with probabilities;
       "labels" fills `templates`.
     descriptions: label -> texts that stand for it where labels are read as text, drawn anew each time.
@@ -43,7 +48,8 @@ class Source:
     subfolder: str = ""
     phantoms: Phantoms | None = None
     split: str | None = "train"
-    weight: float = 1.0
+    weight: float | tuple[tuple[int, float], ...] = 1.0
+    balance: str | None = None
     text: str | dict[str, float] = "caption"
     templates: tuple[str, ...] = ()
     descriptions: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -57,8 +63,10 @@ class Source:
     def __post_init__(self):
         if self.root is not None and self.phantoms is not None:
             raise ConfigError(f"source {self.name or self.root!r}: give root or phantoms, not both")
-        if self.weight <= 0:
-            raise ConfigError(f"source {self.name or self.root!r}: weight={self.weight} must be above 0")
+        try:
+            check_weight(self.weight)
+        except ConfigError as error:
+            raise ConfigError(f"source {self.label!r}: {error}") from None
         if self.augment is not None and self.augment.flip_horizontal and self.laterality:
             raise ConfigError(
                 f"source {self.label!r}: its augment.flip_horizontal=true mirrors no image while laterality=true "
@@ -112,8 +120,10 @@ class RecordSet:
             # There is always an image to draw; its name stands for it until then.
             self._records = [{**record, "image": record["id"]} for record in described]
         elif source.root is not None:
+            # The default column need not be there: records may be texts alone.
+            image_column = source.image_column if source.image_column != "image" else None
             folder = records_lib.read_records(
-                source.root, image_column=source.image_column, text_column=source.text_column
+                source.root, image_column=image_column, text_column=source.text_column
             )
             self._phantoms = None
             self.root = folder.root
@@ -181,6 +191,32 @@ class RecordSet:
                 f"{', '.join(needs_of_tasks)} need: {reasons}. Fields that its records have: {', '.join(self._fields())}"
             )
         return np.asarray(keep), dict(left_out)
+
+    def classes(self, indices: np.ndarray) -> list[np.ndarray] | None:
+        """The positions within `indices` of the records of each value of the field `balance`; None without it.
+
+        Raises DataError for a field that no record has or whose values are no strings.
+        """
+        field = self.config.balance
+        if field is None:
+            return None
+        positions: dict[str | None, list[int]] = collections.defaultdict(list)
+        for position, index in enumerate(indices):
+            value = self._records[index].get(field)
+            values = list(dict.fromkeys(value)) if isinstance(value, list | tuple) else [value]
+            for one in values or [None]:
+                if not isinstance(one, str | None):
+                    raise DataError(
+                        f"source {self.name!r}: balance={field!r} needs strings, record "
+                        f"{self._records[index]['id']!r} has {one!r}"
+                    )
+                positions[one].append(position)
+        if not positions.keys() - {None}:
+            raise DataError(
+                f"source {self.name!r}: no record has the field {field!r} to balance by; fields that its records "
+                f"have: {', '.join(self._fields())}"
+            )
+        return [np.asarray(positions[value]) for value in sorted(positions, key=lambda v: (v is None, v))]
 
     def _fields(self) -> list[str]:
         return sorted({k for r in self._records[:1000] for k, v in r.items() if v is not None})
