@@ -31,7 +31,7 @@ from bvl.mesh import MeshConfig
 FORMAT_VERSION = 1
 
 
-def _at_least(options: Any, **minimum: int) -> None:
+def _at_least(options: Any, **minimum: float) -> None:
     for name, least in minimum.items():
         if getattr(options, name) < least:
             raise ConfigError(f"{name}={getattr(options, name)}: must be at least {least}")
@@ -39,16 +39,24 @@ def _at_least(options: Any, **minimum: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation during training. `every`: steps between evaluations, 0 = only at the end."""
+    """Evaluation during training. `every`: steps between evaluations, 0 = only at the end.
+
+    With `stop_metric`, for example "retrieval_phantoms/t2i_r10", training ends where `stop_patience` evaluations in a
+    row did not better the best by more than `stop_min_delta`.
+    """
 
     every: int = 0
     suites: dict[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 256
     # Exponential moving average of the parameters, where the optimiser keeps one; also what is loaded later.
     use_ema: bool = True
+    stop_metric: str | None = None
+    stop_mode: Literal["max", "min"] = "max"
+    stop_patience: int = 5
+    stop_min_delta: float = 0.0
 
     def __post_init__(self):
-        _at_least(self, every=0, batch_size=1)
+        _at_least(self, every=0, batch_size=1, stop_patience=1, stop_min_delta=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +79,30 @@ class LogConfig:
 
     every: int = 50
     tensorboard: bool = True
+    # A project of Weights & Biases that gets the rows too.
+    wandb: str | None = None
+    # "10:15": a profiler trace of the steps 10 to 15 into the run folder's profile/.
+    profile: str | None = None
+    # FLOP/s that one device can do at best in this precision, for example 989e12; a row then says the share reached.
+    peak_flops: float | None = None
 
     def __post_init__(self):
         _at_least(self, every=0)
+        if self.peak_flops is not None and self.peak_flops <= 0:
+            raise ConfigError(f"peak_flops={self.peak_flops}: must be above 0, or null")
+        _ = self.profile_steps
+
+    @property
+    def profile_steps(self) -> tuple[int, int] | None:
+        """The first and the last step to be traced."""
+        if self.profile is None:
+            return None
+        first, _, last = self.profile.partition(":")
+        if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            raise ConfigError(
+                f"profile={self.profile!r}: give the first and the last step to be traced, for example 10:15"
+            )
+        return int(first), int(last)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -18,24 +19,30 @@ from bvl.checkpoint import Checkpoints
 from bvl.config import Config
 from bvl.errors import ConfigError, RunFolderError, UserError
 from bvl.evals.base import evaluate, write_eval
-from bvl.mesh import check_batch_size, make_mesh, replicated, shardings_of, to_global, unbox
-from bvl.runs import Components, Encoder, RunFolder, build_model, load_components, write_atomic
-from bvl.tasks.base import ModelInfo
+from bvl.mesh import check_batch_size, make_mesh, replicated, to_global
+from bvl.runs import Components, Encoder, RunFolder, load_components, write_atomic
 from bvl.train.bad_records import BadRecords
+from bvl.train.early_stop import EarlyStop, early_stop_at
 from bvl.train.environment import describe_environment, enable_compilation_cache
-from bvl.train.metrics_log import MetricsLog, ProgressLines, Stopwatch
-from bvl.train.optim import make_optimizer, make_schedule
+from bvl.train.metrics_log import MetricsLog, ProgressLines
+from bvl.train.optim import make_schedule
+from bvl.train.profile import StepTrace
 from bvl.train.setup import (
     Data,
+    build_program,
     check_suites,
     checkpoint_items,
     first_state,
     load_frozen,
+    named_metrics,
     place_suites,
+    plan_state,
     prepare_data,
 )
-from bvl.train.step import Program, TrainState, make_train_step
+from bvl.train.step import TrainState, make_train_step
 from bvl.train.survive import stop_on_signals
+from bvl.train.timing import CountedStep, Timing
+from bvl.train.wandb_log import WandbLog, import_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +76,9 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh, jax.process_count())
+    if config.log.wandb is not None:
+        import_wandb()  # only to fail now where there is none
+    trace = StepTrace(config.log.profile_steps, run.path / "profile", last_step=config.steps)
     run.claim(config, force=force)
     # Not where the run has a checkpoint of its own: it goes on although the other folder may be gone.
     start_from = None
@@ -83,29 +93,8 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     check_suites(config, suites)
 
     frozen = load_frozen(config, data.tokenizer)
-    program = Program(
-        model=build_model(config, data.tokenizer),
-        preprocess=config.data.preprocess,
-        tasks=config.tasks,
-        info=ModelInfo(
-            config.model.image.sizes[0],
-            config.model.text.width,
-            config.model.embed_dim,
-            data.classes,
-            vocab_size=data.tokenizer.vocab_size,
-            mask_id=data.tokenizer.mask_id,
-            special_ids=data.tokenizer.special_ids,
-        ),
-        mesh=mesh,
-        seed=config.seed,
-        ema_decay=config.optim.ema_decay,
-        frozen={name: (c.model, c.preprocess) for name, c in frozen.items()},
-    )
-    # Shapes first, shardings second, arrays last.
-    key = jax.random.key(config.seed)
-    optimizer = make_optimizer(config.optim, config.steps, unbox(jax.eval_shape(program.init_params, key)))
-    init = functools.partial(program.init_state, optimizer=optimizer)
-    shardings = shardings_of(jax.eval_shape(init, key), mesh)
+    program = build_program(config, data, frozen, mesh)
+    plan = plan_state(config, program)
     options = config.checkpoint
     checkpoints = Checkpoints(
         run.checkpoints,
@@ -115,16 +104,20 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
         tokenizer=data.tokenizer.hash,
     )
     try:
-        state, sums = first_state(config, checkpoints, init, shardings, start_from, data.tokenizer, mesh)
+        state, sums = first_state(config, checkpoints, plan, start_from, data.tokenizer, mesh)
         run.keep_config(config)
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
         logger.info(
             "%.2fM parameters on %d device(s), mesh %s", num_params / 1e6, mesh.size, dict(mesh.shape)
         )
-        if int(state.step) >= config.steps:
-            logger.info("complete: %s stands at step %d of %d", run.path, state.step, config.steps)
+        step = int(state.step)
+        early_stop = early_stop_at(config.eval, run.metrics, step)
+        if step >= config.steps or early_stop.reached:
+            logger.info("complete: %s stands at step %d of %d", run.path, step, config.steps)
+            if step < config.steps:
+                logger.info("stopped early: %s", early_stop)
             return 0
-        _note_start(run, int(state.step), data.licences)
+        _note_start(run, step, data.licences)
         components = Components(
             model=program.model,
             params=None,
@@ -135,14 +128,18 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
             encoder=Encoder(program.model, config.data.preprocess, mesh),
         )
         frozen_params = {n: jax.device_put(c.params["model"], replicated(mesh)) for n, c in frozen.items()}
-        step_fn = make_train_step(program, optimizer, shardings)
+        step_fn = CountedStep(make_train_step(program, plan.optimizer, plan.shardings))
         loop = _Loop(
             config=config,
             run=run,
             data=data,
             checkpoints=checkpoints,
             step_fn=lambda state, batch: step_fn(state, frozen_params, to_global(batch, mesh)),
+            flops=lambda: step_fn.flops,
             evaluate=functools.partial(_evaluate, run, config, suites, components),
+            early_stop=early_stop,
+            trace=trace,
+            num_devices=mesh.size,
         )
         return loop.run_to_end(state, sums)
     finally:
@@ -165,91 +162,123 @@ class _Loop:
     data: Data
     checkpoints: Checkpoints
     step_fn: Callable[[TrainState, dict[str, Any]], tuple[TrainState, Any]]
+    flops: Callable[[], int | None]
     evaluate: Callable[[TrainState, int], dict[str, float]]
+    early_stop: EarlyStop
+    trace: StepTrace
+    num_devices: int
 
     def run_to_end(self, state: TrainState, sums: Any) -> int:
         """Step, log, evaluate, save; returns the exit code."""
         config, start = self.config, int(state.step)
         schedule = make_schedule(config.optim, config.steps)
         pipeline = self.data.pipeline
-        log = MetricsLog(self.run.metrics, resume_step=start, tensorboard=config.log.tensorboard)
-        bad = BadRecords(
-            self.run,
-            num_records=pipeline.num_records,
-            max_fraction=config.data.max_bad_fraction,
-            resume_step=start,
-        )
-        progress, watch = ProgressLines(start, config.steps), Stopwatch()
-        steps_timed, evaluated = 0, False
+        evaluated = False
         # Read one step late, so that the devices never wait for the host.
         unchecked: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
         batches = pipeline.batches(
             start=start, stop=config.steps, host=jax.process_index(), num_hosts=jax.process_count()
         )
-        try:
-            with stop_on_signals() as stop:
-                for step in range(start + 1, config.steps + 1):
-                    with watch.part("data"):
+        with contextlib.ExitStack() as stack:
+            log, bad, progress, timing = self._open(stack, start)
+            stop = stack.enter_context(stop_on_signals())
+            for step in range(start + 1, config.steps + 1):
+                with self.trace.step(step):
+                    with timing.part("data"):
                         batch, unreadable = next(batches)
                     bad.add(step, unreadable)
                     state, metrics = self.step_fn(state, batch)
-                    self._check_finite(unchecked)
-                    unchecked = (step, metrics["step"], batch)
-                    sums = metrics if not sums else _add(sums, metrics)
-                    steps_timed += 1
-                    progress.advance(step)
+                with timing.part("other"):
+                    self.trace.stop_after(step, metrics)
+                self._check_finite(unchecked)
+                unchecked = (step, metrics["step"], batch)
+                sums = metrics if not sums else _add(sums, metrics)
+                timing.step()
+                progress.advance(step)
 
-                    last = step == config.steps
-                    evaluating = last or _due(step, config.eval.every)
-                    scores = None
-                    if evaluating or _due(step, config.log.every):
-                        # Parameters that are no numbers may not take the place of the last evaluation.
-                        self._check_finite(unchecked)
-                        values = _means(jax.device_get(sums)) | {"lr": float(schedule(step - 1))}
-                        values |= watch.read(steps_timed, steps_timed * config.batch_size)
-                        progress.row(step, values)
-                        if evaluating:
-                            scores = self.evaluate(state, step)
-                            values |= {f"eval/{name}": value for name, value in scores.items()}
-                        log.write(step, values)
-                        sums, steps_timed = {}, 0
-                        watch.reset()
-                    if evaluating and not evaluated:
-                        self._check_best(scores, step, state, sums)
+                last = step == config.steps
+                evaluating = last or _due(step, config.eval.every)
+                scores = None
+                if evaluating or _due(step, config.log.every):
+                    # Parameters that are no numbers may not take the place of the last evaluation.
+                    self._check_finite(unchecked)
+                    values = _means(jax.device_get(sums)) | {"lr": float(schedule(step - 1))}
+                    values |= timing.row(self.flops())
+                    progress.row(step, values)
+                    if evaluating:
+                        scores = self.evaluate(state, step)
+                        values |= {f"eval/{name}": value for name, value in scores.items()}
+                    log.write(step, values)
+                    sums = {}
+                    timing.reset()
+                if evaluating:
+                    if not evaluated:
+                        self._check_named(scores, step, state, sums)
                         evaluated = True
-                    candidate = bool(scores) and config.checkpoint.best is not None
-                    stopping = stop.exit_code is not None
-                    if last or stopping or candidate or _due(step, config.checkpoint.every):
-                        self._check_finite(unchecked)
-                        with watch.part("other"):
-                            # Rows up to this step are on disk before the checkpoint is: a resume loses none.
-                            self.checkpoints.save(step, checkpoint_items(state, sums), scores)
-                    if stopping and not last:
-                        self.checkpoints.wait()
-                        logger.warning(
-                            "stopped at step %d of %d; the same command goes on here", step, config.steps
-                        )
-                        return stop.exit_code
-                self.checkpoints.wait()
-        finally:
-            progress.close()
-            log.close()
-            bad.close()
+                    self.early_stop.add(step, scores)
+                    last = last or self.early_stop.reached
+                candidate = bool(scores) and config.checkpoint.best is not None
+                stopping = stop.exit_code is not None
+                if last or stopping or candidate or _due(step, config.checkpoint.every):
+                    self._check_finite(unchecked)
+                    with timing.part("other"):
+                        # Rows up to this step are on disk before the checkpoint is: a resume loses none.
+                        self.checkpoints.save(step, checkpoint_items(state, sums), scores)
+                if last:
+                    break
+                if stopping:
+                    self.checkpoints.wait()
+                    logger.warning(
+                        "stopped at step %d of %d; the same command goes on here", step, config.steps
+                    )
+                    return stop.exit_code
+            self.checkpoints.wait()
+        if self.early_stop.reached:
+            logger.info("stopped early at step %d of %d: %s", step, config.steps, self.early_stop)
         logger.info("complete: %s", self.run.path)
         return 0
 
-    def _check_best(self, scores: dict[str, float], step: int, state: TrainState, sums: Any) -> None:
-        """Raise ConfigError if checkpoint.best is no metric that the evaluation gave."""
-        best = self.config.checkpoint.best
-        if best is None or best in scores:
+    def _open(
+        self, stack: contextlib.ExitStack, start: int
+    ) -> tuple[MetricsLog, BadRecords, ProgressLines, Timing]:
+        """What the loop writes to, closed with the stack."""
+        config = self.config
+        stack.callback(self.trace.close)
+        self.trace.note_start(start)
+        bad = BadRecords(
+            self.run,
+            num_records=self.data.pipeline.num_records,
+            max_fraction=config.data.max_bad_fraction,
+            resume_step=start,
+        )
+        stack.callback(bad.close)
+        wandb = None
+        if config.log.wandb is not None and jax.process_index() == 0:
+            wandb = WandbLog(self.run, config)
+        log = MetricsLog(self.run.metrics, resume_step=start, tensorboard=config.log.tensorboard, wandb=wandb)
+        stack.callback(log.close)
+        peak = config.log.peak_flops
+        timing = Timing(
+            batch_size=config.batch_size, peak_flops=None if peak is None else peak * self.num_devices
+        )
+        stack.callback(timing.close)
+        progress = ProgressLines(start, config.steps)
+        stack.callback(progress.close)
+        return log, bad, progress, timing
+
+    def _check_named(self, scores: dict[str, float], step: int, state: TrainState, sums: Any) -> None:
+        """Raise ConfigError if checkpoint.best or eval.stop_metric is no metric that the evaluation gave."""
+        missing = [(option, m) for option, m in named_metrics(self.config).items() if m not in scores]
+        if not missing:
             return
         # Where checkpoints are, one more could push the best of them out; where none is, the work would be lost.
         if not self.checkpoints.steps():
             self.checkpoints.save(step, checkpoint_items(state, sums), scores)
             self.checkpoints.wait()
-        near = difflib.get_close_matches(best, scores, n=1, cutoff=0.0)
+        option, metric = missing[0]
+        near = difflib.get_close_matches(metric, scores, n=1, cutoff=0.0)
         raise ConfigError(
-            f"checkpoint.best={best!r} is no metric of the evaluation at step {step}"
+            f"{option}={metric!r} is no metric of the evaluation at step {step}"
             + (f"; nearest is {near[0]!r}" if near else "")
             + f" (metrics: {', '.join(sorted(scores)) or 'none'})"
         )
@@ -260,7 +289,7 @@ class _Loop:
             return
         step, totals, batch = unchecked
         # A finite loss can have a gradient that is none, which would spoil the parameters about to be saved.
-        bad = [name for name, pair in totals.items() if not math.isfinite(float(pair[0]))]
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(float(totals[name][0]))]
         if not bad:
             return
         sets = self.data.pipeline.sets
@@ -282,7 +311,11 @@ class _Loop:
 
 @jax.jit
 def _add(a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda x, y: x + y, a, b)
+    """Sums by name. Sums from a checkpoint may lack names that this start logs, or have others."""
+    if not isinstance(a, dict):
+        return a + b
+    both = {name: _add(a[name], b[name]) for name in a if name in b}
+    return {**a, **b, **both}
 
 
 def _due(step: int, every: int) -> bool:
@@ -290,8 +323,9 @@ def _due(step: int, every: int) -> bool:
 
 
 def _means(sums: Any) -> dict[str, float]:
-    """Flat metrics of a logged row: "loss/total", "loss/<task>", "grad_norm", "<task>/<name>"."""
-    pairs = {"loss/total": sums["step"]["loss"], "grad_norm": sums["step"]["grad_norm"]}
+    """Flat metrics of a logged row: "loss/total", "loss/<task>", "<task>/<name>", and the step's others by their names."""
+    pairs = {"loss/total": sums["step"]["loss"]}
+    pairs |= {name: pair for name, pair in sums["step"].items() if name != "loss"}
     for task, metrics in sums["tasks"].items():
         for name, pair in metrics.items():
             pairs[f"loss/{task}" if name == "loss" else f"{task}/{name}"] = pair

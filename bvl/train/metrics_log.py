@@ -1,8 +1,7 @@
-"""Metrics to metrics.jsonl, TensorBoard and the console."""
+"""Metrics to metrics.jsonl, TensorBoard, Weights & Biases and the console."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -17,23 +16,37 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from bvl.train.wandb_log import WandbLog
+
 logger = logging.getLogger(__name__)
+
+
+def rows_up_to(path: Path, step: int) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file up to `step`; none where there is no file."""
+    for _, row in _lines_up_to(path, step):
+        yield row
 
 
 def drop_rows_after(path: Path, step: int) -> None:
     """Keep the rows of a JSONL file up to `step`; later ones, and a half-written last line, will be written again."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue
+    kept = [line for line, _ in _lines_up_to(path, step)]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(b"".join(kept))
     temporary.replace(path)
+
+
+def _lines_up_to(path: Path, step: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    if not path.is_file():
+        return
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            if line.endswith(b"\n") and row["step"] <= step:
+                yield line, row
+        except (ValueError, KeyError):
+            continue
 
 
 class JsonLines:
@@ -53,9 +66,10 @@ class JsonLines:
 class MetricsLog:
     """One row a logged step, {"step", "loss/...", "lr", "time/..."}, and one an evaluation, {"step", "eval/..."}; rows after `resume_step` are dropped first."""
 
-    def __init__(self, path: Path, *, resume_step: int, tensorboard: bool):
+    def __init__(self, path: Path, *, resume_step: int, tensorboard: bool, wandb: WandbLog | None = None):
         drop_rows_after(path, resume_step)
         self._rows = JsonLines(path)
+        self._wandb = wandb
         self._tensorboard = None
         if tensorboard:
             self._tensorboard = tensorboardX.SummaryWriter(
@@ -69,38 +83,15 @@ class MetricsLog:
         if self._tensorboard is not None:
             for key, value in metrics.items():
                 self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, metrics)
 
     def close(self) -> None:
         self._rows.close()
+        if self._wandb is not None:
+            self._wandb.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-
-
-class Stopwatch:
-    """Wall time since the last row, and the part of it spent waiting for data or evaluating."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        self._start = time.perf_counter()
-        self._parts: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - start
-
-    def read(self, steps: int, examples: int) -> dict[str, float]:
-        """The `time/` metrics of `steps` steps, evaluation and checkpoint time left out of the rate."""
-        seconds = time.perf_counter() - self._start - self._parts.get("other", 0.0)
-        seconds = max(seconds, 1e-9)
-        return {
-            "time/step_s": seconds / steps,
-            "time/examples_per_s": examples / seconds,
-            "time/data_wait_share": self._parts.get("data", 0.0) / seconds,
-        }
 
 
 class ProgressLines:

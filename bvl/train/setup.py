@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 import tokenizers
 from jax.sharding import Mesh
 
@@ -19,10 +21,19 @@ from bvl.data.pipeline import Pipeline, label_names, training_texts
 from bvl.data.sources import RecordSet
 from bvl.data.text import END, PAD, START, UNKNOWN, Tokenizer, TokenizerConfig
 from bvl.errors import CheckpointError, ConfigError, DataError
-from bvl.mesh import init_sharded, replicated, unbox
+from bvl.mesh import replicated, shardings_of, unbox
 from bvl.models.vit import resize_positions
-from bvl.runs import Components, RunFolder, check_vocabulary, load_components, write_atomic
-from bvl.train.step import TrainState
+from bvl.runs import (
+    Components,
+    RunFolder,
+    build_model,
+    check_vocabulary,
+    load_components,
+    write_atomic,
+)
+from bvl.tasks.base import ModelInfo
+from bvl.train.optim import make_optimizer
+from bvl.train.step import Program, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -127,12 +138,22 @@ def place_suites(config: Config) -> dict[str, Any]:
     return placed
 
 
+def named_metrics(config: Config) -> dict[str, str]:
+    """Option -> the evaluation metric that it names, where it names one."""
+    options = {"checkpoint.best": config.checkpoint.best, "eval.stop_metric": config.eval.stop_metric}
+    return {option: metric for option, metric in options.items() if metric is not None}
+
+
 def check_suites(config: Config, suites: dict[str, Any]) -> None:
     """Fail now, not after hours, for what an evaluation could not use."""
-    best = config.checkpoint.best
-    if best is not None and not any(best.startswith(f"{name}/") for name in suites):
+    for option, metric in named_metrics(config).items():
+        if not any(metric.startswith(f"{name}/") for name in suites):
+            raise ConfigError(
+                f"{option}={metric!r} is no metric of an evaluation suite; suites are: {', '.join(suites) or 'none'}"
+            )
+    if config.eval.stop_metric is not None and not config.eval.every:
         raise ConfigError(
-            f"checkpoint.best={best!r} is no metric of an evaluation suite; suites are: {', '.join(suites) or 'none'}"
+            "eval.stop_metric needs evaluations during training: set eval.every to the steps between them"
         )
     for name, suite in suites.items():
         task = getattr(suite, "task", None)
@@ -158,6 +179,54 @@ def load_frozen(config: Config, tokenizer: Tokenizer) -> dict[str, Components]:
     return frozen
 
 
+def build_program(config: Config, data: Data, frozen: dict[str, Components], mesh: Mesh) -> Program:
+    """What the training step is made of, apart from arrays."""
+    return Program(
+        model=build_model(config, data.tokenizer),
+        preprocess=config.data.preprocess,
+        tasks=config.tasks,
+        info=ModelInfo(
+            config.model.image.output_width,
+            config.model.text.width,
+            config.model.embed_dim,
+            data.classes,
+            vocab_size=data.tokenizer.vocab_size,
+            mask_id=data.tokenizer.mask_id,
+            special_ids=data.tokenizer.special_ids,
+        ),
+        mesh=mesh,
+        seed=config.seed,
+        ema_decay=config.optim.ema_decay,
+        frozen={name: (c.model, c.preprocess) for name, c in frozen.items()},
+    )
+
+
+@dataclasses.dataclass
+class Plan:
+    """How a state is made and placed, before any of its arrays exists.
+
+    init: key -> a fresh state, boxed. target: its shapes and types, unboxed, with their shardings.
+    """
+
+    init: Callable[[jax.Array], Any]
+    optimizer: optax.GradientTransformation
+    shardings: Any
+    target: Any
+
+
+def plan_state(config: Config, program: Program) -> Plan:
+    """Shapes first, shardings second; arrays come last, in `first_state`."""
+    key = jax.random.key(config.seed)
+    optimizer = make_optimizer(config.optim, config.steps, unbox(jax.eval_shape(program.init_params, key)))
+    init = functools.partial(program.init_state, optimizer=optimizer)
+    boxed = jax.eval_shape(init, key)
+    shardings = shardings_of(boxed, program.mesh)
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), unbox(boxed), shardings
+    )
+    return Plan(init, optimizer, shardings, target)
+
+
 def checkpoint_items(state: TrainState, sums: dict[str, Any]) -> dict[str, Any]:
     """The items of a checkpoint. `sums`: metrics since the last logged row, so that a resume logs the same means."""
     items = {
@@ -178,11 +247,12 @@ def _restore(items: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
 def _at_image_size(start_from: Components, config: Config) -> Any:
     """The model's parameters of another run, with the image positions resampled to this run's grid of patches."""
     params = start_from.params["model"]
-    grids = [
-        tuple(pixels // c.model.image.patch_size for pixels in c.data.preprocess.height_width)
-        for c in (start_from.config, config)
-    ]
-    if grids[0] == grids[1] or "positions" not in params["image"]:
+    towers = [(c.model.image, c.data.preprocess.height_width) for c in (start_from.config, config)]
+    # A convolutional tower has no positions on a grid of patches and reads any size.
+    if "positions" not in params["image"] or not all(hasattr(tower, "patch_grid") for tower, _ in towers):
+        return params
+    grids = [tower.patch_grid(size) for tower, size in towers]
+    if grids[0] == grids[1]:
         return params
     positions = resize_positions(params["image"]["positions"], *grids)
     logger.info("image positions resampled from a grid of %s to %s", *grids)
@@ -192,8 +262,7 @@ def _at_image_size(start_from: Components, config: Config) -> Any:
 def first_state(
     config: Config,
     checkpoints: Checkpoints,
-    init: Callable[[jax.Array], Any],
-    shardings: Any,
+    plan: Plan,
     start_from: Components | None,
     tokenizer: Tokenizer,
     mesh: Mesh,
@@ -205,13 +274,7 @@ def first_state(
     3. `init_from`: the parameters of another run, at step 0 with a fresh optimiser;
     4. fresh parameters from the seed.
     """
-    key = jax.random.key(config.seed)
-    target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        unbox(jax.eval_shape(init, key)),
-        shardings,
-    )
-    items = checkpoint_items(target, {})
+    items = checkpoint_items(plan.target, {})
     restored = checkpoints.restore_latest(items, optional={"sums": replicated(mesh)})
     if restored is not None:
         logger.info("resuming from step %d", restored[0])
@@ -233,12 +296,13 @@ def first_state(
             return _restore(other.restore(step, items, optional={"sums": replicated(mesh)}))
         finally:
             other.close()
-    state, _ = init_sharded(init, mesh, key)
+    fresh = jax.jit(lambda key: unbox(plan.init(key)), out_shardings=plan.shardings)
+    state = fresh(jax.random.key(config.seed))
     if start_from is None:
         return state, {}
     model_params = _at_image_size(start_from, config)
-    check_same_shapes(target.params["model"], model_params, f"init_from={config.init_from}")
+    check_same_shapes(plan.target.params["model"], model_params, f"init_from={config.init_from}")
     logger.info("parameters from %s, step %d", config.init_from, start_from.step)
-    params = {**state.params, "model": jax.device_put(model_params, shardings.params["model"])}
+    params = {**state.params, "model": jax.device_put(model_params, plan.shardings.params["model"])}
     ema = jax.tree.map(lambda x: x.copy(), params) if state.ema is not None else None
     return state.replace(params=params, ema=ema), {}
