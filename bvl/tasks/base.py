@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
+
+from bvl.models.dropout import RowKeys
 
 Features = Any  # ImageFeatures or TextFeatures
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -20,11 +22,16 @@ class View:
     """Something to be encoded: the batch's images or texts, by the trained model or a frozen one.
 
     need: fields of the features. encoder: "model", or a name from the config's `frozen`.
+    input: batch key of the pixels or token ids, by default the kind; of texts `<input>_mask` is the mask.
     """
 
     kind: Literal["image", "text"]
     need: frozenset[str] = frozenset({"embed"})
     encoder: str = "model"
+    input: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "input", self.input or self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +62,11 @@ class ModelInfo:
 class Context:
     """What a loss sees.
 
-    features: kind -> features of the trained model; texts come as [B * K, ...].
-    frozen: encoder name -> kind -> features, without gradient.
+    features: a view's input -> features of the trained model; texts come as [B * K, ...].
+    frozen: encoder name -> a view's input -> features, without gradient.
     heads: name -> the task's head with its parameters applied.
     scale, bias: of the contrastive logits. token_embed: the text tower's table, for heads tied to it.
+    rng: one key for the batch. keys: one for each row, the same however the batch is split.
     """
 
     features: dict[str, Features]
@@ -70,6 +78,7 @@ class Context:
     batch: dict[str, jax.Array]
     extra: Any
     rng: jax.Array
+    keys: RowKeys
     step: jax.Array
     mesh: Mesh
     info: ModelInfo
@@ -86,8 +95,13 @@ class LossOutput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """Base of all tasks: `weight` is the factor of its loss in the sum."""
+    """Base of all tasks: `weight` is the factor of its loss in the sum.
 
+    per_example: the loss is a weighted mean over examples, so that a batch may be split into microbatches; False if
+    it needs all rows at once.
+    """
+
+    per_example: ClassVar[bool] = False
     weight: float = 1.0
 
     def fields(self) -> frozenset[str]:
@@ -95,7 +109,7 @@ class Task:
         raise NotImplementedError
 
     def views(self) -> tuple[View, ...]:
-        """What is to be encoded. Equal kinds are encoded once a step, for all tasks together."""
+        """What is to be encoded. Equal inputs are encoded once a step, for all tasks together."""
         raise NotImplementedError
 
     def check(self, model_config: Any) -> None:
@@ -109,7 +123,21 @@ class Task:
         """Extra state that is not a parameter (moving averages, queues); checkpointed."""
         return None
 
+    def prepare(self, batch: dict[str, jax.Array], keys: RowKeys, info: ModelInfo) -> dict[str, jax.Array]:
+        """Further batch entries "<task>/<name>", made on the device before anything is encoded.
+
+        Each row may depend on its own row and key alone.
+        """
+        return {}
+
     def loss(self, ctx: Context) -> LossOutput:
+        raise NotImplementedError
+
+    def count(self, batch: dict[str, jax.Array], info: ModelInfo) -> Float[Array, ""]:
+        """What the loss over these (prepared) rows is divided by: the sum of its examples' weights.
+
+        Tasks with `per_example` have it; microbatches are weighted by it.
+        """
         raise NotImplementedError
 
     def after_update(self, extra: Any, params: Any) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float
 
 from bvl.errors import ConfigError
 from bvl.losses.classification import sigmoid_cross_entropy, softmax_cross_entropy
@@ -24,8 +24,10 @@ class Classify(Task):
 
     multi_label: a sigmoid for each class, else one softmax; single-label rows need exactly one label.
     class_weights: class name -> factor of its loss; classes not named have 1.
+    label_smoothing: e in the target (1 - e) label + e / C (one softmax) or + e / 2 (sigmoids).
     """
 
+    per_example: ClassVar[bool] = True
     multi_label: bool = False
     class_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     label_smoothing: float = 0.0
@@ -52,22 +54,36 @@ class Classify(Task):
 
     def loss(self, ctx: Context) -> LossOutput:
         logits = ctx.heads["linear"](ctx.features["image"].pooled.astype(jnp.float32))
-        labels = ctx.batch["labels"]
-        valid = ctx.batch["label_valid"] & ctx.batch["image_valid"][:, None]
-        weights = jnp.asarray([self.class_weights.get(name, 1.0) for name in ctx.info.classes], jnp.float32)
+        labels, valid = ctx.batch["labels"], self._valid(ctx.batch)
+        cross_entropy = sigmoid_cross_entropy if self.multi_label else softmax_cross_entropy
+        loss = cross_entropy(
+            logits,
+            labels,
+            valid=valid,
+            class_weights=self._weights(ctx.info),
+            label_smoothing=self.label_smoothing,
+        )
         if self.multi_label:
-            loss = sigmoid_cross_entropy(
-                logits, labels, valid=valid, class_weights=weights, label_smoothing=self.label_smoothing
-            )
-            correct, count = jnp.sum(((logits > 0) == (labels > 0)) & valid), valid.sum()
+            correct = (logits > 0) == (labels > 0)
         else:
-            rows = valid.all(-1) & (labels.sum(-1) == 1)
-            loss = softmax_cross_entropy(
-                logits, labels, valid=rows, class_weights=weights, label_smoothing=self.label_smoothing
-            )
-            correct, count = jnp.sum((logits.argmax(-1) == labels.argmax(-1)) & rows), rows.sum()
-        count = count.astype(jnp.float32)
-        return LossOutput(loss, {"loss": (loss * count, count), "accuracy": (correct, count)})
+            correct = logits.argmax(-1) == labels.argmax(-1)
+        count = self.count(ctx.batch, ctx.info)
+        accuracy = jnp.sum(correct & valid), valid.sum().astype(jnp.float32)
+        return LossOutput(loss, {"loss": (loss * count, count), "accuracy": accuracy})
+
+    def count(self, batch: dict[str, jax.Array], info: ModelInfo) -> Float[Array, ""]:
+        weights = self._weights(info)
+        if not self.multi_label:
+            weights = batch["labels"] @ weights
+        return jnp.where(self._valid(batch), weights, 0.0).sum()
+
+    def _valid(self, batch: dict[str, jax.Array]) -> Bool[Array, "*rows"]:
+        """Which (row, class) entries count; of single labels which rows."""
+        valid = batch["label_valid"] & batch["image_valid"][:, None]
+        return valid if self.multi_label else valid.all(-1) & (batch["labels"].sum(-1) == 1)
+
+    def _weights(self, info: ModelInfo) -> Float[Array, " c"]:
+        return jnp.asarray([self.class_weights.get(name, 1.0) for name in info.classes], jnp.float32)
 
 
 def predict(

@@ -1,183 +1,152 @@
-"""The training step: encode every view once, run the tasks, update. It knows no task by name."""
+"""The training step: gradients of the program's loss, at once or in microbatches, then the update."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bvl.data.transforms import Preprocess
 from bvl.errors import ConfigError
-from bvl.mesh import batch_sharding, replicated
-from bvl.models.vlm import DualEncoder, normalize_image
-from bvl.tasks.base import Context, Features, ModelInfo, Task
-from bvl.train.optim import init_optimizer
+from bvl.mesh import BATCH_AXES, batch_sharding, num_batch_shards, replicated
+from bvl.tasks.base import Task
+from bvl.train.optim import Optimizer
+from bvl.train.parameters import STATISTICS, group_of, map_by_name, merge, parameter_name
+from bvl.train.program import Program, TrainState
 
 
-@flax.struct.dataclass
-class TrainState:
-    """`params` = {"model": ..., "heads": {task: {name: ...}}}; `ema` like params or None; `extra` by task."""
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    ema: Any
-    extra: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """Everything the step is made of, apart from arrays.
-
-    frozen: name -> (model, preprocess) of encoders that are only read.
-    """
-
-    model: DualEncoder
-    preprocess: Preprocess
-    tasks: dict[str, Task]
-    info: ModelInfo
-    mesh: Mesh
-    seed: int
-    ema_decay: float
-    frozen: dict[str, tuple[DualEncoder, Preprocess]]
-
-    def init_params(self, key: jax.Array) -> Any:
-        """Fresh parameters, boxed with their logical axis names."""
-        height, width = self.preprocess.height_width
-        tokens = jnp.zeros((1, self.model.context_length), jnp.int32)
-        image = jnp.zeros((1, height, width, 3), jnp.float32)
-        model = self.model.init(jax.random.fold_in(key, 0), image, tokens, tokens == 0)["params"]
-        heads: dict[str, Any] = {}
-        for i, (name, task) in enumerate(self.tasks.items()):
-            for j, (head_name, head) in enumerate(task.heads(self.info).items()):
-                head_key = jax.random.fold_in(jax.random.fold_in(key, 1 + i), j)
-                variables = head.module.init(head_key, jnp.zeros((1, *head.input_shape), jnp.float32))
-                heads.setdefault(name, {})[head_name] = variables["params"]
-        return {"model": model, "heads": heads}
-
-    def init_state(self, key: jax.Array, optimizer: optax.GradientTransformation) -> TrainState:
-        """A fresh state, boxed; give it to `bvl.mesh.init_sharded`."""
-        params = self.init_params(key)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=init_optimizer(optimizer, params),
-            # A copy: donated buffers may not be shared.
-            ema=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
-            extra={name: task.init_extra(self.info) for name, task in self.tasks.items()},
-        )
-
-    def views(self) -> dict[str, dict[str, frozenset[str]]]:
-        """encoder -> kind -> union of the tasks' needs."""
-        union: dict[str, dict[str, frozenset[str]]] = {}
-        for task in self.tasks.values():
-            for view in task.views():
-                if view.encoder != "model" and view.encoder not in self.frozen:
-                    raise ConfigError(
-                        f"a task reads the frozen encoder {view.encoder!r}: name it in the config's frozen"
-                    )
-                kinds = union.setdefault(view.encoder, {})
-                kinds[view.kind] = kinds.get(view.kind, frozenset()) | view.need
-        return union
-
-    def encode(
-        self,
-        model: DualEncoder,
-        preprocess: Preprocess,
-        params: Any,
-        batch: dict[str, jax.Array],
-        kinds: dict[str, frozenset[str]],
-    ) -> dict[str, Features]:
-        """kind -> features of the batch; texts are flattened to [B * K, T]."""
-        out: dict[str, Features] = {}
-        if "image" in kinds:
-            image = normalize_image(batch["image"], preprocess.mean, preprocess.std, model.dtype)
-            out["image"] = model.apply({"params": params}, image, kinds["image"], method="encode_image")
-        if "text" in kinds:
-            tokens = rearrange(batch["text"], "b k t -> (b k) t")
-            mask = rearrange(batch["text_mask"], "b k t -> (b k) t")
-            out["text"] = model.apply({"params": params}, tokens, mask, kinds["text"], method="encode_text")
-        return out
-
-    def loss(self, params: Any, extra: dict[str, Any], frozen_params: dict[str, Any], batch, rng, step):
-        """(weighted sum of the tasks' losses, (metrics, new extra))."""
-        views = self.views()
-        features = self.encode(self.model, self.preprocess, params["model"], batch, views.get("model", {}))
-        frozen = {
-            name: jax.lax.stop_gradient(self.encode(*self.frozen[name], frozen_params[name], batch, kinds))
-            for name, kinds in views.items()
-            if name != "model"
-        }
-        scale, bias = self.model.apply({"params": params["model"]}, method="logit_scale_and_bias")
-        total, metrics, new_extra = jnp.zeros(()), {}, {}
-        for i, (name, task) in enumerate(self.tasks.items()):
-            heads = {
-                head_name: functools.partial(head.module.apply, {"params": params["heads"][name][head_name]})
-                for head_name, head in task.heads(self.info).items()
-            }
-            output = task.loss(
-                Context(
-                    features=features,
-                    frozen=frozen,
-                    heads=heads,
-                    scale=scale,
-                    bias=bias,
-                    token_embed=params["model"]["text"]["token_embed"],
-                    batch=batch,
-                    extra=extra[name],
-                    rng=jax.random.fold_in(rng, i),
-                    step=step,
-                    mesh=self.mesh,
-                    info=self.info,
-                )
+def check_accumulation(accumulate: int, tasks: dict[str, Task], batch_size: int, mesh: Mesh) -> None:
+    """Raise ConfigError unless a batch can be split into `accumulate` microbatches without changing the loss."""
+    if accumulate == 1:
+        return
+    for name, task in tasks.items():
+        if not task.per_example:
+            raise ConfigError(
+                f"optim.accumulate={accumulate}: task {name!r} ({type(task).__name__}) needs all rows of the batch "
+                "at once; set optim.accumulate=1, and to save memory for example model.image.remat=full"
             )
-            total += task.weight * output.loss
-            new_extra[name] = extra[name] if output.extra is None else output.extra
-            metrics[name] = {
-                key: jnp.stack(jnp.broadcast_arrays(*map(jnp.float32, pair)))
-                for key, pair in output.metrics.items()
-            }
-        return total, (metrics, new_extra)
+    parts = accumulate * num_batch_shards(mesh)
+    if batch_size % parts:
+        raise ConfigError(
+            f"batch_size={batch_size} cannot be split into optim.accumulate={accumulate} microbatches over "
+            f"{num_batch_shards(mesh)} batch shard(s); use a multiple of {parts}"
+        )
 
 
 def make_train_step(
-    program: Program, optimizer: optax.GradientTransformation, state_shardings: Any
+    program: Program, optimizer: Optimizer, state_shardings: Any
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """The compiled step(state, frozen_params, batch) -> (state, metrics); the state's memory is reused.
 
-    Metrics are arrays [total, count]: {"tasks": {task: {name: ...}}, "step": {"loss", "grad_norm"}}. The random key is a function of (seed, step).
+    Metrics are arrays [total, count]: {"tasks": {task: {name: ...}}, "step": {"loss", "grad_norm"}}, where "step" has
+    also "grad_norm/<group>", "update_norm/<group>" and "param_norm/<group>" with `program.group_norms`; all norms are
+    of the trained parameters. The random key is a function of (seed, step).
     """
+    mesh, accumulate = program.mesh, optimizer.config.accumulate
 
     def step(state: TrainState, frozen_params: dict[str, Any], batch: dict[str, jax.Array]):
         rng = jax.random.fold_in(jax.random.key(program.seed), state.step)
-        grad = jax.value_and_grad(program.loss, has_aux=True)
-        (loss, (metrics, extra)), grads = grad(
-            state.params, state.extra, frozen_params, batch, rng, state.step
+        batch = program.prepare(batch, rng)
+        check_accumulation(accumulate, program.tasks, len(batch["row"]), mesh)
+        trained, frozen = optimizer.split(state.params)
+
+        def loss(trained: Any, extra: Any, batch: Any, **part: Any):
+            return program.loss(
+                merge(trained, frozen),
+                extra,
+                frozen_params,
+                batch,
+                rng,
+                state.step,
+                trains=optimizer.trains,
+                **part,
+            )
+
+        # With respect to the trained parameters alone: for the others no backward pass exists.
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        if accumulate == 1:
+            (total, (metrics, extra, statistics)), grads = gradient(trained, state.extra, batch)
+        else:
+            (total, (metrics, extra, statistics)), grads = _accumulated(
+                program, gradient, trained, state.extra, batch, accumulate
+            )
+        updates, opt_state = optimizer.transform.update(grads, state.opt_state, trained, value=total)
+        trained = optax.apply_updates(trained, updates)
+        params = map_by_name(
+            lambda name, x: statistics.get(name.removeprefix("model/"), x), merge(trained, frozen)
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         extra = {name: task.after_update(extra[name], params) for name, task in program.tasks.items()}
         ema = state.ema
-        if program.ema_decay:
+        if optimizer.averages:
+            ema = optimizer.eval_params(opt_state, params)
+        elif program.ema_decay:
             t = state.step.astype(jnp.float32)
             decay = jnp.minimum(program.ema_decay, (1.0 + t) / (10.0 + t))
-            ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
-        one = jnp.ones(())
-        totals = {"loss": jnp.stack([loss, one]), "grad_norm": jnp.stack([optax.tree.norm(grads), one])}
+            moves = lambda name: optimizer.trains(name) or STATISTICS.search(name)  # noqa: E731
+            ema = map_by_name(lambda n, e, p: decay * e + (1.0 - decay) * p if moves(n) else e, ema, params)
+        values = {"loss": total, "grad_norm": optax.tree.norm(grads)}
+        if program.group_norms:
+            values |= _norms_by_group(grad=grads, update=updates, param=trained)
+        totals = {name: jnp.stack([value, jnp.ones(())]) for name, value in values.items()}
         return TrainState(state.step + 1, params, opt_state, ema, extra), {"tasks": metrics, "step": totals}
 
-    mesh = program.mesh
     return jax.jit(
         step,
         in_shardings=(state_shardings, None, batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def _accumulated(
+    program: Program,
+    gradient: Callable[..., Any],
+    trained: Any,
+    extra: dict[str, Any],
+    batch: dict[str, jax.Array],
+    count: int,
+) -> tuple[Any, Any]:
+    """What `gradient` gives for the whole batch, from `count` microbatches one after the other.
+
+    A task's losses are weighted by its `count` of each microbatch, so that the sum is the whole batch's mean. Extra
+    state goes from one microbatch to the next. Batch norms see a microbatch at a time; their new statistics are the
+    mean over microbatches (the variance between the microbatches' means is left out).
+    """
+    sharding = NamedSharding(program.mesh, PartitionSpec(None, BATCH_AXES))
+
+    def strided(x: jax.Array) -> jax.Array:
+        # Rows i, i + count, ...: each device keeps the rows that it has.
+        return jax.lax.with_sharding_constraint(rearrange(x, "(b n) ... -> n b ...", n=count), sharding)
+
+    def counts(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: task.count(batch, program.info) for name, task in program.tasks.items()}
+
+    whole = counts(batch)
+
+    def one(carry: Any, xs: Any) -> Any:
+        (grads, extra), (part, micro) = carry, xs
+        shares = {name: value / jnp.maximum(whole[name], 1e-6) for name, value in counts(micro).items()}
+        (loss, (metrics, extra, statistics)), more = gradient(trained, extra, micro, shares=shares, part=part)
+        return (jax.tree.map(jnp.add, grads, more), extra), (loss, metrics, statistics)
+
+    start = (jax.tree.map(jnp.zeros_like, trained), extra)
+    (grads, extra), (losses, metrics, statistics) = jax.lax.scan(
+        one, start, (jnp.arange(count), jax.tree.map(strided, batch))
+    )
+    metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+    statistics = jax.tree.map(lambda x: x.mean(0), statistics)
+    return (losses.sum(), (metrics, extra, statistics)), grads
+
+
+def _norms_by_group(**trees: Any) -> dict[str, jax.Array]:
+    """ "<tree>_norm/<group>" -> Euclidean norm, in float32."""
+    squares: dict[str, jax.Array] = {}
+    for kind, tree in trees.items():
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            name = f"{kind}_norm/{group_of(parameter_name(path))}"
+            squares[name] = squares.get(name, 0.0) + jnp.square(x.astype(jnp.float32)).sum()
+    return {name: jnp.sqrt(square) for name, square in squares.items()}

@@ -1,0 +1,237 @@
+"""What a training step is made of: parameters, views, encodings and the tasks' losses. It knows no task by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.sharding import Mesh
+
+from bvl.data.transforms import Preprocess
+from bvl.errors import ConfigError
+from bvl.models.dropout import RowKeys, fold
+from bvl.models.vlm import DualEncoder, normalize_image
+from bvl.tasks.base import Context, Features, ModelInfo, Task, View
+from bvl.train.optim import Optimizer
+from bvl.train.parameters import map_by_name, parameter_name
+
+# Name of a parameter below "model/" -> new value, for the running statistics of batch norms.
+Statistics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`params` = {"model": ..., "heads": {task: {name: ...}}}; `extra` by task.
+
+    `ema`: like params, the averaged parameters that are to be evaluated, or None.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+    extra: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything the step is made of, apart from arrays.
+
+    frozen: name -> (model, preprocess) of encoders that are only read.
+    group_norms: also give norms of gradients, updates and parameters by group.
+    """
+
+    model: DualEncoder
+    preprocess: Preprocess
+    tasks: dict[str, Task]
+    info: ModelInfo
+    mesh: Mesh
+    seed: int
+    ema_decay: float
+    frozen: dict[str, tuple[DualEncoder, Preprocess]]
+    group_norms: bool = False
+
+    def init_params(self, key: jax.Array) -> Any:
+        """Fresh parameters, boxed with their logical axis names."""
+        height, width = self.preprocess.height_width
+        tokens = jnp.zeros((1, self.model.context_length), jnp.int32)
+        image = jnp.zeros((1, height, width, 3), jnp.float32)
+        model = self.model.init(jax.random.fold_in(key, 0), image, tokens, tokens == 0)["params"]
+        heads: dict[str, Any] = {}
+        for i, (name, task) in enumerate(self.tasks.items()):
+            for j, (head_name, head) in enumerate(task.heads(self.info).items()):
+                head_key = jax.random.fold_in(jax.random.fold_in(key, 1 + i), j)
+                variables = head.module.init(head_key, jnp.zeros((1, *head.input_shape), jnp.float32))
+                heads.setdefault(name, {})[head_name] = variables["params"]
+        return {"model": model, "heads": heads}
+
+    def init_state(self, key: jax.Array, optimizer: Optimizer) -> TrainState:
+        """A fresh state, boxed; give it to `bvl.mesh.init_sharded`."""
+        params = self.init_params(key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            # A copy: donated buffers may not be shared.
+            ema=jax.tree.map(jnp.copy, params) if self.ema_decay or optimizer.averages else None,
+            extra={name: task.init_extra(self.info) for name, task in self.tasks.items()},
+        )
+
+    def views(self) -> dict[str, dict[str, View]]:
+        """encoder -> input -> the view with the union of the tasks' needs."""
+        union: dict[str, dict[str, View]] = {}
+        for task in self.tasks.values():
+            for view in task.views():
+                if view.encoder != "model" and view.encoder not in self.frozen:
+                    raise ConfigError(
+                        f"a task reads the frozen encoder {view.encoder!r}: name it in the config's frozen"
+                    )
+                views = union.setdefault(view.encoder, {})
+                known = views.get(view.input, view)
+                if known.kind != view.kind:
+                    raise ConfigError(f"tasks read {view.input!r} both as {known.kind} and as {view.kind}")
+                views[view.input] = dataclasses.replace(view, need=known.need | view.need)
+        return union
+
+    def row_keys(self, batch: dict[str, jax.Array], rng: jax.Array) -> RowKeys:
+        """One random key for each row of the batch, from the step's key."""
+        return jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["row"])
+
+    def prepare(self, batch: dict[str, jax.Array], rng: jax.Array) -> dict[str, jax.Array]:
+        """The batch with row numbers and what the tasks add to it."""
+        batch = {"row": jnp.arange(len(next(iter(batch.values())))), **batch}
+        keys, added = self.row_keys(batch, rng), {}
+        for name, task in self.tasks.items():
+            for key, value in task.prepare(batch, fold(keys, _number(f"prepare/{name}")), self.info).items():
+                if key in batch or key in added:
+                    raise ConfigError(f"task {name!r} makes the batch key {key!r}, which is there already")
+                added[key] = value
+        return batch | added
+
+    def encode(
+        self,
+        model: DualEncoder,
+        preprocess: Preprocess,
+        params: Any,
+        batch: dict[str, jax.Array],
+        views: dict[str, View],
+        *,
+        keys: dict[str, RowKeys | None] | None = None,
+    ) -> tuple[dict[str, Features], Statistics]:
+        """(input -> features of the batch, batch norms' new statistics); texts are flattened to [B * K, T].
+
+        keys: kind -> keys of the rows where its tower is trained.
+        """
+        out, statistics = {}, []
+        for name, view in views.items():
+            # Two inputs of one row have masks of their own.
+            row_keys = fold((keys or {}).get(view.kind), _number(name))
+            if view.kind == "image":
+                inputs = (normalize_image(batch[name], preprocess.mean, preprocess.std, model.dtype),)
+            else:
+                inputs = tuple(rearrange(batch[key], "b k t -> (b k) t") for key in (name, f"{name}_mask"))
+                row_keys = _keys_of_texts(row_keys, batch[name].shape[1])
+            out[name], sown = model.apply(
+                {"params": params},
+                *inputs,
+                view.need,
+                row_keys,
+                method=f"encode_{view.kind}",
+                mutable=["statistics"],
+            )
+            leaves = jax.tree_util.tree_leaves_with_path(sown.get("statistics", {}))
+            statistics.append({parameter_name(path): value for path, value in leaves})
+        together = {key: [s[key] for s in statistics if key in s] for found in statistics for key in found}
+        return out, {key: sum(values) / len(values) for key, values in together.items()}
+
+    def loss(
+        self,
+        params: Any,
+        extra: dict[str, Any],
+        frozen_params: dict[str, Any],
+        batch: dict[str, jax.Array],
+        rng: jax.Array,
+        step: jax.Array,
+        *,
+        trains: Callable[[str], bool] = lambda name: True,
+        shares: dict[str, jax.Array] | None = None,
+        part: int | jax.Array = 0,
+    ) -> tuple[jax.Array, tuple[Any, dict[str, Any], Statistics]]:
+        """(weighted sum of the tasks' losses, (metrics, new extra, statistics)) of a prepared batch.
+
+        trains: which parameters are; a tower that has none is encoded as in evaluation.
+        shares: task -> factor of its loss, and `part` the microbatch's number, where the batch is one of several.
+        """
+        keys = self.row_keys(batch, rng)
+        trained = {
+            kind: keys
+            for kind in ("image", "text")
+            if any(
+                jax.tree.leaves(
+                    map_by_name(lambda name, _: trains(name), {"model": {kind: params["model"][kind]}})
+                )
+            )
+        }
+        views = self.views()
+        features, statistics = self.encode(
+            self.model, self.preprocess, params["model"], batch, views.get("model", {}), keys=trained
+        )
+        frozen = {
+            name: jax.lax.stop_gradient(
+                self.encode(*self.frozen[name], frozen_params[name], batch, wanted)[0]
+            )
+            for name, wanted in views.items()
+            if name != "model"
+        }
+        scale, bias = self.model.apply({"params": params["model"]}, method="logit_scale_and_bias")
+        total, metrics, new_extra = jnp.zeros(()), {}, {}
+        for name, task in self.tasks.items():
+            heads = {
+                head_name: functools.partial(head.module.apply, {"params": params["heads"][name][head_name]})
+                for head_name, head in task.heads(self.info).items()
+            }
+            number = _number(f"task/{name}")
+            output = task.loss(
+                Context(
+                    features=features,
+                    frozen=frozen,
+                    heads=heads,
+                    scale=scale,
+                    bias=bias,
+                    token_embed=params["model"]["text"]["token_embed"],
+                    batch=batch,
+                    extra=extra[name],
+                    rng=jax.random.fold_in(jax.random.fold_in(rng, number), part),
+                    keys=fold(keys, number),
+                    step=step,
+                    mesh=self.mesh,
+                    info=self.info,
+                )
+            )
+            total += task.weight * output.loss * (1.0 if shares is None else shares[name])
+            new_extra[name] = extra[name] if output.extra is None else output.extra
+            metrics[name] = {
+                key: jnp.stack(jnp.broadcast_arrays(*map(jnp.float32, pair)))
+                for key, pair in output.metrics.items()
+            }
+        return total, (metrics, new_extra, statistics)
+
+
+def _keys_of_texts(keys: RowKeys | None, count: int) -> RowKeys | None:
+    """[B] keys -> [B * count]: each of a row's texts has its own."""
+    if keys is None:
+        return None
+    each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return each(keys, jnp.arange(count)).reshape(-1)
+
+
+def _number(name: str) -> int:
+    """A number to fold into a key, the same in every process."""
+    return zlib.crc32(name.encode())
