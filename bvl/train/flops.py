@@ -40,7 +40,7 @@ def _flops(eqn: core.JaxprEqn) -> int:
         return params["length"] * sum(inner)
     if name == "shard_map":
         # Shapes inside are those of one device.
-        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"]) * sum(inner)
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"]) * sum(inner)
     return sum(inner)
 
 
