@@ -13,7 +13,7 @@ import pytest
 
 from bvl.errors import ConfigError
 from bvl.losses.contrastive import naive_sigmoid_loss, naive_softmax_loss, sigmoid_loss, softmax_loss
-from bvl.losses.targets import Targets, diagonal, multi_text, same_labels, same_text
+from bvl.losses.targets import Targets, diagonal, label_similarity, multi_text, same_labels, same_text
 
 LOSSES = {"softmax": (softmax_loss, naive_softmax_loss), "sigmoid": (sigmoid_loss, naive_sigmoid_loss)}
 SCALE, BIAS = 9.0, -3.0
@@ -53,6 +53,8 @@ def make_case(name, n):
         return n, dict(targets=same_labels(labels, labels), image_valid=masks["image_valid"])
     if name == "soft_labels":
         return n, dict(targets=same_labels(labels, labels, soft=True), label_smoothing=0.1)
+    if name == "label_similarity":
+        return n, dict(targets=label_similarity(labels, labels, temperature=0.5)) | masks
     if name == "multi_text":  # images 0, 1 and 2 have no text at all; fewer texts than images
         owner = rng.integers(3, n, n - 8)
         text_weights = rng.random(n - 8).astype(np.float32)
@@ -70,6 +72,7 @@ CASES = (
     "same_text_two_texts",
     "same_labels",
     "soft_labels",
+    "label_similarity",
     "multi_text",
     "all_invalid",
 )
@@ -326,3 +329,17 @@ def test_unknown_labels_are_like_no_other_row():
         expected[0, 3] = expected[3, 0] = 1.0
         expected[4, 5] = expected[5, 4] = shared
         np.testing.assert_array_equal(weights, expected)
+
+
+def test_label_similarity_is_a_softmax_of_cosines():
+    labels = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0], [np.nan, 0, 0]], np.float32)
+    targets = label_similarity(labels, labels, temperature=0.5)
+    weights = np.asarray(targets.block(targets.rows, targets.cols))
+    half = np.sqrt(0.5)
+    cosine = np.array([[1, half, 0, 0], [half, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]])
+    expected = np.exp(cosine / 0.5) / np.exp(cosine / 0.5).sum(1, keepdims=True)
+    np.testing.assert_allclose(weights[:4, :4] / weights[:4, :4].sum(1, keepdims=True), expected, rtol=1e-5)
+    np.testing.assert_array_equal(weights[4], [0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(weights[:, 4], [0, 0, 0, 0, 1])
+    with pytest.raises(ConfigError, match="above 0"):
+        label_similarity(labels, labels, temperature=0.0)

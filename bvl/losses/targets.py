@@ -68,6 +68,32 @@ def same_labels(
     return Targets((index, image_labels), (owner, text_labels), block)
 
 
+def label_similarity(
+    image_labels: Float[Array, "n C"], text_labels: Float[Array, "m C"], *, temperature: float = 1.0
+) -> Targets:
+    """Every text is a positive, the more so the more its labels are like the image's: weights exp(cosine / temperature).
+
+    Since the losses divide by the sum of an image's weights, its targets are softmax_j(cos(l_i, l_j) / temperature),
+    MedCLIP's semantic matching (Wang et al. 2022, arXiv:2210.10163, eq. 3 and 4). Labels are multi-hot; two examples
+    without any label have cosine 1, and one without has cosine 0 to one with. A row of labels with a NaN is unknown:
+    it has weight with its own pair alone. All weights are divided by exp(1 / temperature), which changes no target.
+
+    Raises ConfigError for a temperature that is not above 0.
+    """
+    if temperature <= 0:
+        raise ConfigError(f"temperature={temperature} of the label similarity: must be above 0")
+
+    def unit(labels: Array) -> Array:
+        # One more column marks "no label at all", so that the empty sets are like each other.
+        labels = jnp.asarray(labels, jnp.float32)
+        labels = jnp.concatenate([labels, (labels.sum(1, keepdims=True) == 0).astype(jnp.float32)], 1)
+        return labels / jnp.sqrt(temperature * jnp.square(labels).sum(1, keepdims=True))
+
+    image_labels, text_labels = unit(image_labels), unit(text_labels)
+    index, owner = jnp.arange(len(image_labels)), image_of_each_text(len(image_labels), len(text_labels))
+    return Targets((index, image_labels), (owner, text_labels), _label_similarity_block)
+
+
 def image_of_each_text(num_images: int, num_texts: int) -> Int[Array, " m"]:
     """Index of the image of every text where each image has the same number of texts in a row.
 
@@ -104,3 +130,12 @@ def _label_overlap_block(rows, cols):
 
 def _equal_labels_block(rows, cols):
     return (_label_overlap_block(rows, cols) == 1.0).astype(jnp.float32)
+
+
+def _label_similarity_block(rows, cols):
+    (index, labels), (owner, text_labels) = rows, cols
+    logits = jnp.einsum("ic,jc->ij", labels, text_labels, precision="highest")
+    # The square of a row's own length is the largest logit there can be.
+    weights = jnp.exp(logits - jnp.square(labels).sum(1)[:, None])
+    weights = jnp.where(jnp.isnan(weights), 0.0, weights)
+    return jnp.where(index[:, None] == owner[None, :], 1.0, weights)

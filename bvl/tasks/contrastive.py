@@ -14,7 +14,7 @@ from jaxtyping import Float
 from bvl.data.long_texts import split_to_context
 from bvl.errors import ConfigError
 from bvl.losses.contrastive import sigmoid_loss, softmax_loss
-from bvl.losses.targets import diagonal, same_labels, same_text
+from bvl.losses.targets import diagonal, label_similarity, same_labels, same_text
 from bvl.runs import Components
 from bvl.tasks.base import Context, LossOutput, Task, View
 
@@ -25,13 +25,17 @@ class Contrastive(Task):
 
     loss: "softmax" (CLIP) or "sigmoid" (SigLIP), see bvl/losses/contrastive.py.
     targets: what counts as a positive beside an image's own texts: nothing ("diagonal"), equal texts
-    ("same_text"), equal label sets ("same_labels") or overlapping ones by their share ("overlapping_labels").
+    ("same_text"), equal label sets ("same_labels"), overlapping ones by their share ("overlapping_labels"), or all
+    pairs by the softmax of the cosines of their labels over target_temperature ("label_similarity").
     direction_weights: of image-to-text and text-to-image (softmax).
     chunk_size: columns of logits held at once, None = chosen by size.
     """
 
     loss_type: Literal["softmax", "sigmoid"] = "softmax"
-    targets: Literal["diagonal", "same_text", "same_labels", "overlapping_labels"] = "same_text"
+    targets: Literal["diagonal", "same_text", "same_labels", "overlapping_labels", "label_similarity"] = (
+        "same_text"
+    )
+    target_temperature: float = 1.0
     label_smoothing: float = 0.0
     direction_weights: tuple[float, float] = (0.5, 0.5)
     chunk_size: int | None = None
@@ -41,6 +45,18 @@ class Contrastive(Task):
             raise ConfigError(f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
         if self.loss_type == "sigmoid" and (self.label_smoothing or self.direction_weights != (0.5, 0.5)):
             raise ConfigError("label_smoothing and direction_weights belong to loss_type='softmax'")
+        if min(self.direction_weights) < 0 or sum(self.direction_weights) <= 0:
+            raise ConfigError(
+                f"direction_weights={self.direction_weights}: give two weights, none below 0 and not both 0"
+            )
+        if self.target_temperature <= 0:
+            raise ConfigError(f"target_temperature={self.target_temperature}: must be above 0")
+        if self.loss_type == "sigmoid" and self.targets == "label_similarity":
+            raise ConfigError(
+                "targets='label_similarity' makes every pair a positive: use loss_type='softmax'"
+            )
+        if self.target_temperature != 1.0 and self.targets != "label_similarity":
+            raise ConfigError("target_temperature belongs to targets='label_similarity'")
 
     def check(self, model_config: Any) -> None:
         if self.loss_type == "sigmoid" and model_config.init_bias is None:
@@ -53,7 +69,7 @@ class Contrastive(Task):
         keys = {"image", "image_valid", "text", "text_mask", "text_valid"}
         if self.targets == "same_text":
             keys |= {"text_id"}
-        if self.targets.endswith("_labels"):
+        if "label" in self.targets:
             keys |= {"labels", "label_valid"}
         return frozenset(keys)
 
@@ -98,10 +114,10 @@ class Contrastive(Task):
             return same_text(batch["text_id"], batch["text_id"].reshape(-1))
         # A record without labels is unknown, which is not the same as free of findings.
         labels = jnp.where(batch["label_valid"].any(1, keepdims=True), batch["labels"], jnp.nan)
-        count = batch["text_valid"].shape[1]
-        return same_labels(
-            labels, jnp.repeat(labels, count, axis=0), soft=self.targets == "overlapping_labels"
-        )
+        of_texts = jnp.repeat(labels, batch["text_valid"].shape[1], axis=0)
+        if self.targets == "label_similarity":
+            return label_similarity(labels, of_texts, temperature=self.target_temperature)
+        return same_labels(labels, of_texts, soft=self.targets == "overlapping_labels")
 
 
 def embed_images(
