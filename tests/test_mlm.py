@@ -1,20 +1,30 @@
 """Masked language modelling: which words are hidden, the loss against loops, and what it learns."""
 
+import collections
+import dataclasses
+import json
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import PHANTOMS, fast_compilation, metric_rows, tiny_config  # noqa: F401
+from tiny_run import fast_compilation, metric_rows, tiny_config  # noqa: F401
 
+from bvl.data.phantoms import Phantoms, PhantomSource
+from bvl.data.pipeline import training_texts
+from bvl.data.sources import RecordSet, Source
+from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.errors import ConfigError
 from bvl.models.bert import BertConfig
 from bvl.models.features import TextFeatures
 from bvl.models.text import TextConfig
 from bvl.models.vlm import DualEncoderConfig
 from bvl.tasks.base import ModelInfo
+from bvl.tasks.contrastive import Contrastive
 from bvl.tasks.mlm import MaskedLanguageModel
+from bvl.train.loop import train
+from bvl.train.optim import OptimConfig
 
 PAD, START, END, MASK, VOCAB = 0, 1, 2, 3, 50
 INFO = ModelInfo(8, 8, 8, (), vocab_size=VOCAB, mask_id=MASK, special_ids=(PAD, START, END))
@@ -118,3 +128,35 @@ def test_what_it_cannot_work_with():
         MaskedLanguageModel().heads(without)
     with pytest.raises(ConfigError, match="mask_fraction=1"):
         MaskedLanguageModel(mask_fraction=1)
+
+
+def test_it_learns_beside_contrastive_and_from_texts_alone(tmp_path, fast_compilation):  # noqa: F811
+    """Two tasks and two sources, one of them without images: the hidden words of a few texts are learned."""
+    phantoms = Phantoms(num_patients=6, image_size=32)
+    records = PhantomSource(phantoms)
+    notes = [{"id": f"n{i}", "image": None, "caption": records[i]["caption"]} for i in range(8)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(note) + "\n" for note in notes))
+    base = tiny_config(tmp_path / "run", steps=60, batch_size=16)
+    sources = (Source(phantoms=phantoms, split=None, cache=True), Source(root=str(tmp_path), split=None))
+    text = BertConfig("tiny", hidden_size=48, num_heads=2, depth=1, max_positions=24, dropout=0.0)
+    config = dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, text=text),
+        tasks={"contrastive": Contrastive(weight=0.1), "mlm": MaskedLanguageModel()},
+        data=dataclasses.replace(
+            base.data, train=sources, tokenizer=TokenizerConfig(vocab_size=200, context_length=24)
+        ),
+        optim=OptimConfig(lr=1e-2, warmup_steps=5),
+        log=dataclasses.replace(base.log, every=20),
+        checkpoint=dataclasses.replace(base.checkpoint, every=0),
+    )
+    assert train(config) == 0
+    rows = metric_rows(tmp_path / "run")
+    tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer.json", 24)
+    texts = tokenizer.encode_texts([t for source in sources for t in training_texts([RecordSet(source)])])
+    words = collections.Counter(texts[0][~np.isin(texts[0], tokenizer.special_ids)].tolist())
+    most_frequent = words.most_common(1)[0][1] / words.total()
+    assert rows[-1]["mlm/accuracy"] > 2 * most_frequent
+    assert rows[-1]["loss/mlm"] < 0.6 * rows[0]["loss/mlm"]
+    assert rows[-1]["loss/contrastive"] < rows[0]["loss/contrastive"]
+    assert all(0 < row["contrastive/pairs"] < 14 for row in rows), "rows without an image form no pair"
