@@ -157,6 +157,6 @@ def test_it_learns_beside_contrastive_and_from_texts_alone(tmp_path, fast_compil
     words = collections.Counter(texts[0][~np.isin(texts[0], tokenizer.special_ids)].tolist())
     most_frequent = words.most_common(1)[0][1] / words.total()
     assert rows[-1]["mlm/accuracy"] > 2 * most_frequent
-    assert rows[-1]["loss/mlm"] < 0.6 * rows[0]["loss/mlm"]
+    assert rows[-1]["loss/mlm"] < 0.75 * rows[0]["loss/mlm"]
     assert rows[-1]["loss/contrastive"] < rows[0]["loss/contrastive"]
     assert all(0 < row["contrastive/pairs"] < 14 for row in rows), "rows without an image form no pair"
