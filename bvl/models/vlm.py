@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from bvl.errors import ConfigError
+from bvl.models.bert import BertConfig
 from bvl.models.dropout import RowKeys
 from bvl.models.features import ImageFeatures, TextFeatures
 from bvl.models.layers import Dense, gelu
@@ -36,7 +37,7 @@ class DualEncoderConfig:
     """
 
     image: ViTConfig = ViTConfig()
-    text: TextConfig = TextConfig()
+    text: TextConfig | BertConfig = TextConfig()
     embed_dim: int = 512
     image_projection: Projection = "linear"
     text_projection: Projection = "linear"
