@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
 from bvl.config import Config
+from bvl.data.long_texts import LongTexts
 from bvl.errors import UserError
 from bvl.evals.base import evaluate
 from bvl.evals.folder import suites_for
@@ -53,7 +54,7 @@ class Model:
         return contrastive.embed_images(self.components, _several(images), batch_size=batch_size)
 
     def embed_texts(
-        self, texts: Iterable[str], *, long: Literal["cut", "chunks"] = "cut", batch_size: int = 64
+        self, texts: Iterable[str], *, long: LongTexts = "cut", batch_size: int = 64
     ) -> Float[np.ndarray, "n d"]:
         """Unit-norm embeddings of texts.
 

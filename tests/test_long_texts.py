@@ -1,17 +1,22 @@
 """Texts longer than the context: taken apart into pieces, embedded as the weighted mean of the pieces."""
 
+import dataclasses
+import json
 import logging
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny_model import tiny_components
 
 import bvl
 from bvl.data.long_texts import split_to_context
+from bvl.data.sources import Source
 from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.errors import ConfigError
+from bvl.evals.retrieval import Retrieval
 
 REPORT = (
     "Small nodule in the left lung. No effusion. The heart is large. "
@@ -87,6 +92,24 @@ def test_embedding_is_the_weighted_mean_of_the_pieces(components):
     other = [report + " A bar at the bottom."]
     np.testing.assert_allclose(model.embed_texts(other), cut[1:2], atol=1e-5)
     assert np.abs(model.embed_texts(other, long="chunks") - chunks[1:2]).max() > 1e-3
+
+
+def test_retrieval_by_long_texts(tmp_path, components):
+    """Reports that differ behind the context alone are one to a tower that cuts them."""
+    start = "a small spot at the upper left and no ring in the centre and " * 2
+    records = []
+    for i, end in enumerate("bar cyst calculus ring mass spot lesion nodule".split()):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
+        records.append({"id": f"r{i}", "image": f"{i}.png", "caption": f"{start} a {end}."})
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    suite = Retrieval(source=Source(root=str(tmp_path), split=None))
+    cut = suite.run(components, batch_size=4)
+    # A tie counts as far down as it can reach.
+    assert cut.metrics["i2t_r5"] == 0 and cut.provenance["num_truncated_texts"] == 8
+    whole = dataclasses.replace(suite, long_texts="chunks").run(components, batch_size=4)
+    assert whole.metrics["i2t_r5"] > 0.2 and whole.provenance["num_truncated_texts"] == 0
 
 
 def test_cut_texts_are_counted(components, caplog):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from bvl.data.sentences import split_sentences
 from bvl.data.text import Tokenizer
+
+# What becomes of a text beyond the context: its beginning is read, or all of it in pieces.
+LongTexts = Literal["cut", "chunks"]
 
 # How a piece that is too long by itself is taken apart, coarse to fine: (parts, what joins neighbours again).
 _LEVELS: tuple[tuple[Callable[[str], list[str]], str], ...] = (

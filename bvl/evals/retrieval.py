@@ -8,6 +8,7 @@ import functools
 
 import numpy as np
 
+from bvl.data.long_texts import LongTexts
 from bvl.data.sources import Source
 from bvl.data.text_choice import text_id
 from bvl.errors import ConfigError, DataError
@@ -46,12 +47,14 @@ class Retrieval(Suite):
     text: the field or fields to read, None = the source's.
     texts_per_image: read so many different texts of each record, of the most probable option first; None = all, of
       every option. Each is a query and a target of its own, and an image is found by any of its texts.
+    long_texts: texts beyond the context are read to there ("cut") or whole in pieces ("chunks", see `embed_texts`).
     """
 
     source: Source
     max_images: int | None = None
     text: str | dict[str, float] | None = None
     texts_per_image: int | None = 1
+    long_texts: LongTexts = "cut"
     seed: int = 0
 
     def __post_init__(self):
@@ -113,7 +116,9 @@ class Retrieval(Suite):
         ids_of_image: list[set[int]] = [set() for _ in kept]
         for (row, _, _), one in zip(pairs, ids, strict=True):
             ids_of_image[row].add(one)
-        texts = embed_texts(components, [text for _, _, text in pairs], batch_size=batch_size)
+        queries = [text for _, _, text in pairs]
+        texts = embed_texts(components, queries, long=self.long_texts, batch_size=batch_size)
+        cut = components.tokenizer.count_truncated(queries) if self.long_texts == "cut" else 0
         result = recall_at_k(image, texts, ids_of_image, ids, ks=KS)
 
         groups = record_set.groups()
@@ -157,7 +162,8 @@ class Retrieval(Suite):
                 text=self.text if self.text is not None else self.source.text,
                 max_images=self.max_images,
                 texts_per_image=self.texts_per_image,
-                num_truncated_texts=components.tokenizer.count_truncated([text for _, _, text in pairs]),
+                long_texts=self.long_texts,
+                num_truncated_texts=cut,
             ),
             per_example,
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bvl.data.long_texts import split_to_context
+from bvl.data.long_texts import LongTexts, split_to_context
 from bvl.errors import ConfigError
 from bvl.losses.contrastive import sigmoid_loss, softmax_loss
 from bvl.losses.targets import diagonal, label_similarity, same_labels, same_text
@@ -133,7 +133,7 @@ def embed_texts(
     components: Components,
     texts: Sequence[str],
     *,
-    long: Literal["cut", "chunks"] = "cut",
+    long: LongTexts = "cut",
     batch_size: int = 64,
 ) -> Float[np.ndarray, "n d"]:
     """Unit-norm embeddings of texts.
