@@ -192,7 +192,7 @@ def test_missing_paths_name_what_is_there(tmp_path):
     write_table(tmp_path / "sub", "image,text\na,b\n", name="two.tsv")
     assert "one.csv, two.tsv" in error_of(tmp_path / "sub")
     (tmp_path / "notes.txt").write_text("x")
-    assert ".jsonl, .csv or .tsv" in error_of(tmp_path / "notes.txt")
+    assert ".jsonl, .csv, .tsv, .parquet" in error_of(tmp_path / "notes.txt")
 
 
 def test_texts_of_one_image_get_ids_and_one_group(tmp_path):

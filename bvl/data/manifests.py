@@ -1,4 +1,8 @@
-"""Reading manifests: finding the file, and its lines or table rows as dicts, with the line each stands on."""
+"""Reading manifests: finding the file, and its lines or table rows as dicts, with the line each stands on.
+
+Every format is a `Table` of rows; those whose files hold the pixels too are in parquet.py, array_records.py, tfds.py
+and arrays.py.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,46 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+from bvl.data.images import ImageLike
 from bvl.errors import DataError
 
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+TEXT_SUFFIXES = (".jsonl", ".csv", ".tsv")
+PARQUET_SUFFIXES = (".parquet",)
+ARRAY_RECORD_SUFFIXES = (".arrayrecord", ".array_record")
+_SHARDS = (PARQUET_SUFFIXES, ARRAY_RECORD_SUFFIXES)
+
+
+class Row(NamedTuple):
+    """One row of a manifest. line: its name in errors, and its id if it has none. place: what its pixels lie at."""
+
+    line: str
+    values: dict[str, Any]
+    place: Any = None
+
+
+class Table(Protocol):
+    """A format of records. An instance can be pickled, and read by several threads.
+
+    free_columns: whether columns may have any name, so that "text" means the caption.
+    holds_pixels: whether images and masks lie with the rows; if not, the rows hold their paths.
+    """
+
+    free_columns: bool
+    holds_pixels: bool
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in order, without pixels; where there are some, a field holds their name.
+
+        Raises DataError with file and line for what cannot be read.
+        """
+        ...
+
+    def pixels(self, place: Any, field: str) -> ImageLike | None:
+        """The image (field "image") or the mask ("mask") of the row at `place`."""
+        ...
 
 
 def find_manifest(path: Path) -> Path:
@@ -25,13 +64,15 @@ def find_manifest(path: Path) -> Path:
         tables = [name for name in names if name.lower().endswith((".csv", ".tsv"))]
         if len(tables) == 1:
             return path / tables[0]
+        if not tables and shards(path):
+            return path
         if tables:
             raise DataError(
                 f"{path}: no records.jsonl but several tables ({', '.join(tables)}); name one of them."
             )
         there = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "nothing"
         raise DataError(
-            f"{path}: no records.jsonl and no .csv or .tsv file in this folder; it holds {there}."
+            f"{path}: no records.jsonl and no .csv, .tsv, .parquet or .arrayrecord file in this folder; it holds {there}."
         )
     if not path.exists():
         parent = path.parent
@@ -43,19 +84,45 @@ def find_manifest(path: Path) -> Path:
             f"did you mean {close[0]}?" if close else f"{parent} holds {', '.join(names[:10]) or 'nothing'}."
         )
         raise DataError(f"{path}: no such file or folder; {hint}")
-    if path.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
-        raise DataError(f"{path}: a manifest is a .jsonl, .csv or .tsv file, or a folder that holds one.")
+    if path.suffix.lower() not in (*TEXT_SUFFIXES, *PARQUET_SUFFIXES, *ARRAY_RECORD_SUFFIXES):
+        raise DataError(
+            f"{path}: a manifest is a .jsonl, .csv, .tsv, .parquet or .arrayrecord file, or a folder that holds one."
+        )
     return path
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a .jsonl file or the rows of a table, each with the number of its first line.
+def shards(path: Path) -> list[Path]:
+    """The Parquet or ArrayRecord files that `path`, one of them, a folder or a folder with "data" in it, stands for."""
+    if path.is_file():
+        return [path]
+    for folder in (path, path / "data"):
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        for suffixes in _SHARDS:
+            if found := [file for file in files if file.suffix.lower() in suffixes]:
+                return found
+    return []
 
-    Table cells are strings, but for `labels` (split at | or ;, or a JSON list) and `boxes` (a JSON list), and
-    empty cells are left out. Blank lines are skipped.
-    Raises DataError with file and line for what cannot be read.
+
+class TextTable:
+    """A .jsonl, .csv or .tsv file.
+
+    Cells of a .csv or .tsv are strings, but for `labels` (split at | or ;, or a JSON list) and `boxes` (a JSON list),
+    and empty cells are left out. Blank lines are skipped.
     """
-    return _read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_table(path)
+
+    holds_pixels = False
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.free_columns = path.suffix.lower() != ".jsonl"
+
+    def rows(self) -> Iterator[Row]:
+        read = _read_table if self.free_columns else _read_jsonl
+        for line, values in read(self._path):
+            yield Row(f"line {line}", values)
+
+    def pixels(self, place: Any, field: str) -> None:
+        """Nothing: the rows hold paths."""
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -147,20 +214,24 @@ def _parse_cells(cells: dict[str, str], where: str) -> dict[str, Any]:
     # Columns without a name are the row numbers of a data frame, or the trailing commas of a spreadsheet.
     record: dict[str, Any] = {key: value for key, value in cells.items() if key and value.strip()}
     for field in ("labels", "boxes"):
-        value = record.get(field, "").strip()
-        if value.startswith("["):
-            try:
-                record[field] = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{where}: {field} is no JSON list ({error.msg}): {shorten(value)}."
-                ) from error
-        elif value and field == "labels":
-            mark = "|" if "|" in value else ";"
-            record[field] = [label.strip() for label in value.split(mark) if label.strip()]
+        if field in record:
+            record[field] = parse_list(record[field], field, where)
     if "image" in record:
         record["image"] = record["image"].strip()
     return record
+
+
+def parse_list(cell: str, field: str, where: str) -> Any:
+    """The list that a cell spells: JSON, or for `labels` names between | or ;."""
+    value = cell.strip()
+    if value.startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: {field} is no JSON list ({error.msg}): {shorten(value)}.") from error
+    if field != "labels":
+        return cell
+    return [label.strip() for label in value.split("|" if "|" in value else ";") if label.strip()]
 
 
 def _decode(raw: bytes, where: str) -> str:

@@ -1,6 +1,7 @@
 """Records: what a manifest may hold, reading and checking it, groups and splits.
 
-A record is a plain dict, one JSON object a line of `records.jsonl` or one row of a CSV or TSV file:
+A record is a plain dict, one JSON object a line of `records.jsonl` or one row of a CSV or TSV file, of Parquet files,
+of ArrayRecord files, of a TFDS set or of arrays in memory:
 
     id            string, unique; where it is missing, the image path or the line number
     image         path relative to the manifest; absent in text-only sources
@@ -24,7 +25,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bvl.data.manifests import find_manifest, read_rows, shorten
+from bvl.data.array_records import ArrayRecordTable
+from bvl.data.images import ImageLike
+from bvl.data.manifests import (
+    PARQUET_SUFFIXES,
+    TEXT_SUFFIXES,
+    Table,
+    TextTable,
+    find_manifest,
+    shards,
+    shorten,
+)
+from bvl.data.parquet import ParquetTable
 from bvl.errors import DataError
 
 Record = dict[str, Any]
@@ -44,15 +56,25 @@ _IDENTIFIERS = ("id", "patient_id", "group_id", "study_id")
 class RecordFolder:
     """The records of one manifest.
 
-    root: the folder against which image and mask paths resolve.
+    root: the folder against which image and mask paths resolve, None where there are no paths.
+    manifest: the file or folder, or what else names the place in errors.
     counts: how many records there are ("records") and how many have each field.
+    places: where the table has the pixels of each record, by id; empty if the records hold paths.
     """
 
     name: str
-    root: Path
-    manifest: Path
+    root: Path | None
+    manifest: Path | str
     records: list[Record]
     counts: dict[str, int]
+    table: Table
+    places: dict[str, Any]
+
+    def pixels(self, record: Mapping[str, Any], field: str = "image") -> ImageLike | None:
+        """What `open_image` (or, for the field "mask", `load_mask`) reads, with `root`; None where there is none."""
+        if record.get(field) is None or not self.places:
+            return record.get(field)
+        return self.table.pixels(self.places[record["id"]], field)
 
 
 def read_records(
@@ -60,32 +82,64 @@ def read_records(
 ) -> RecordFolder:
     """Reads and checks a manifest.
 
-    path: a folder with `records.jsonl` (or with exactly one .csv or .tsv file), or a .jsonl, .csv or .tsv file.
+    path: a folder with `records.jsonl` (or with exactly one .csv or .tsv file, or with .parquet or .arrayrecord
+      files), or one of these files.
     image_column, text_column: the columns to take as `image` and `caption`; by default those named `image` and
       `text` or `caption`.
     Raises DataError, naming the file, line and record, for anything that cannot be used as it stands.
     """
     manifest = find_manifest(Path(path))
+    root = manifest if manifest.is_dir() else manifest.parent
+    if manifest.suffix.lower() in TEXT_SUFFIXES:
+        table: Table = TextTable(manifest)
+    else:
+        files = shards(manifest)
+        if files[0].suffix.lower() in PARQUET_SUFFIXES:
+            table = ParquetTable(files, image_column=image_column or "image")
+        else:
+            table = ArrayRecordTable(files)
+    return collect(
+        table,
+        name=folder_name(path),
+        root=root,
+        manifest=manifest,
+        image_column=image_column,
+        text_column=text_column,
+    )
+
+
+def collect(
+    table: Table,
+    *,
+    name: str,
+    root: Path | None,
+    manifest: Path | str,
+    image_column: str | None = None,
+    text_column: str | None = None,
+) -> RecordFolder:
+    """Reads and checks the rows of a table; see `read_records`."""
     chosen = {
         column: field for column, field in ((image_column, "image"), (text_column, "caption")) if column
     }
-    if not text_column and manifest.suffix.lower() != ".jsonl":
+    if not text_column and table.free_columns:
         chosen["text"] = "caption"
     records: list[Record] = []
-    first_line: dict[str, int] = {}
+    lines: dict[str, str] = {}
+    places: dict[str, Any] = {}
     found: set[str] = set()
-    for line, row in read_rows(manifest):
-        where = f"{manifest}, line {line}"
-        found.update(row)
-        record = check_record(_rename(row, chosen, where), where=where)
+    for line, values, place in table.rows():
+        where = f"{manifest}, {line}"
+        found.update(values)
+        record = check_record(_rename(values, chosen, where), where=where)
         if "id" not in record:
-            record = {"id": _free_name(record.get("image", f"line-{line}"), first_line), **record}
-        elif record["id"] in first_line:
+            record = {"id": _free_name(record.get("image", line.replace(" ", "-")), lines), **record}
+        elif record["id"] in lines:
             raise DataError(
-                f"{where}: the id {record['id']!r} is taken by line {first_line[record['id']]}; "
-                f"give every record its own."
+                f"{where}: the id {record['id']!r} is taken by {lines[record['id']]}; give every record its own."
             )
-        first_line[record["id"]] = line
+        lines[record["id"]] = line
+        if table.holds_pixels:
+            places[record["id"]] = place
         records.append(record)
     if not records:
         raise DataError(f"{manifest}: the manifest holds no record; write one record a line.")
@@ -101,9 +155,7 @@ def read_records(
             f"{manifest}: neither images nor texts, only {', '.join(sorted(found))}; name the columns that hold "
             f"them with image_column and text_column."
         )
-    return RecordFolder(
-        folder_name(path), manifest.parent, manifest, records, {"records": len(records), **counts}
-    )
+    return RecordFolder(name, root, manifest, records, {"records": len(records), **counts}, table, places)
 
 
 def folder_name(path: str | Path) -> str:
@@ -112,8 +164,9 @@ def folder_name(path: str | Path) -> str:
     Raises DataError where there is no manifest.
     """
     manifest = find_manifest(Path(path))
-    whole_folder = Path(path).is_dir() or manifest.name == "records.jsonl"
-    return manifest.parent.resolve().name if whole_folder else manifest.stem
+    if manifest.is_dir() or Path(path).is_dir() or manifest.name == "records.jsonl":
+        return (manifest if manifest.is_dir() else manifest.parent).resolve().name
+    return manifest.stem
 
 
 def check_record(record: Mapping[str, Any], *, where: str) -> Record:
@@ -238,8 +291,8 @@ def _rename(row: Record, chosen: Mapping[str, str], where: str) -> Record:
     for column, field in chosen.items():
         if column == field or column not in row:
             continue
-        if field not in row:
-            row = {field if key == column else key: value for key, value in row.items()}
+        if row.get(field) is None:
+            row = {field if key == column else key: v for key, v in row.items() if key != field}
         elif column != "text":
             raise DataError(f"{where}: {column!r} was chosen as {field}, but {field!r} is a field already.")
     return row

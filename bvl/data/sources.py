@@ -1,4 +1,4 @@
-"""Sources of records: a folder or CSV on disk, or phantoms. Random access, text first, pixels on demand."""
+"""Sources of records: files, TFDS sets, arrays in memory, phantoms. Random access, text first, pixels on demand."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any, Literal
 import numpy as np
 
 from bvl.data import records as records_lib
+from bvl.data.arrays import Arrays
 from bvl.data.batch import Need, missing
 from bvl.data.images import load_mask, open_image
 from bvl.data.phantoms import Phantoms, PhantomSource
 from bvl.data.sampler import check_weight
 from bvl.data.text_choice import TextChoice
+from bvl.data.tfds import TfdsTable, is_expression
 from bvl.data.transforms import Augment
 from bvl.errors import ConfigError, DataError
 
@@ -27,7 +29,13 @@ logger = logging.getLogger(__name__)
 class Source:
     """Where records come from and how they are read.
 
-    root: a folder with records.jsonl (or one CSV), or the file itself; `phantoms`: generated instead.
+    The place is one of these:
+    root: a folder with records.jsonl, one CSV, or Parquet or ArrayRecord files, or such a file itself.
+    phantoms: generated instead.
+    tfds: "name/config:version" of a set that TFDS prepared; `root` is then the folder of TFDS, if it is not the
+      default. tfds_fields: record field -> feature, where names differ ({"caption": "report/impression"}).
+    arrays: what `bvl.data.from_arrays` holds.
+
     subfolder: where below data.root this source lies, when its root comes from there.
     split: the split to read, None = all. Where no record has one, 90 % are "train" and 10 % "val", by group.
     weight: share of the mixture relative to the other sources, or a schedule of (step, weight) points, with straight
@@ -47,6 +55,9 @@ class Source:
     root: str | None = None
     subfolder: str = ""
     phantoms: Phantoms | None = None
+    tfds: str | None = None
+    tfds_fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    arrays: Arrays | None = None
     split: str | None = "train"
     weight: float | tuple[tuple[int, float], ...] = 1.0
     balance: str | None = None
@@ -61,8 +72,11 @@ class Source:
     text_column: str | None = None
 
     def __post_init__(self):
-        if self.root is not None and self.phantoms is not None:
-            raise ConfigError(f"source {self.name or self.root!r}: give root or phantoms, not both")
+        places = [n for n in ("root", "phantoms", "tfds", "arrays") if getattr(self, n) is not None]
+        if len(places) > 1 and places != ["root", "tfds"]:
+            raise ConfigError(f"source {self.name or self.root!r}: give {' or '.join(places)}, not both")
+        if self.tfds_fields and self.tfds is None:
+            raise ConfigError(f"source {self.label!r}: tfds_fields belongs to tfds=")
         try:
             check_weight(self.weight)
         except ConfigError as error:
@@ -83,6 +97,10 @@ class Source:
             return self.name
         if self.phantoms is not None:
             return "phantoms"
+        if self.tfds is not None:
+            return self.tfds.partition(":")[0].replace("/", "_")
+        if self.arrays is not None:
+            return "arrays"
         return Path(self.root).stem if self.root else "unnamed"
 
     def choice(self, text: str | dict[str, float] | None = None) -> TextChoice:
@@ -96,11 +114,40 @@ class Source:
 
     def at_root(self, root: str) -> Source:
         """This source, reading `root` where it has no place of its own yet."""
-        return (
-            self
-            if self.root or self.phantoms
-            else dataclasses.replace(self, root=str(Path(root) / self.subfolder))
-        )
+        if self.root or self.phantoms or self.tfds or self.arrays:
+            return self
+        return dataclasses.replace(self, root=str(Path(root) / self.subfolder))
+
+    def place(self) -> Source:
+        """Another source with the same place and split, and so with the same images, and nothing else."""
+        kept = ("root", "phantoms", "tfds", "tfds_fields", "arrays", "split", "image_column", "text_column")
+        return Source(**{name: getattr(self, name) for name in kept})
+
+    def read(self) -> records_lib.RecordFolder:
+        """The records of all splits at its place, which is no phantoms.
+
+        Raises ConfigError without a place, DataError for records that cannot be used.
+        """
+        # The default column need not be there: records may be texts alone.
+        image_column = self.image_column if self.image_column != "image" else None
+        columns = {"image_column": image_column, "text_column": self.text_column}
+        if self.tfds is not None:
+            fields = {
+                field: feature
+                for field, feature in (("image", image_column), ("caption", self.text_column))
+                if feature
+            }
+            table = TfdsTable(
+                self.tfds, split=self.split, data_dir=self.root, fields=fields | self.tfds_fields
+            )
+            return records_lib.collect(table, name=self.label, root=None, manifest=self.tfds)
+        if self.arrays is not None:
+            return records_lib.collect(
+                self.arrays.table(), name=self.label, root=None, manifest=f"arrays {self.label!r}"
+            )
+        if self.root is not None:
+            return records_lib.read_records(self.root, **columns)
+        raise ConfigError(f"source {self.name!r} has no place: set data.root=DIR (or its root=)")
 
 
 class RecordSet:
@@ -111,7 +158,6 @@ class RecordSet:
         self.name = source.label
         self.choice = source.choice()
         self._cache: dict[int, dict[str, Any]] = {}
-        self.root: Path | None = None
         if source.phantoms is not None:
             self._phantoms = PhantomSource(source.phantoms)
             everything = np.arange(len(self._phantoms))
@@ -119,17 +165,12 @@ class RecordSet:
             described = (self._phantoms.describe(int(i)) for i in self._index)
             # There is always an image to draw; its name stands for it until then.
             self._records = [{**record, "image": record["id"]} for record in described]
-        elif source.root is not None:
-            # The default column need not be there: records may be texts alone.
-            image_column = source.image_column if source.image_column != "image" else None
-            folder = records_lib.read_records(
-                source.root, image_column=image_column, text_column=source.text_column
-            )
-            self._phantoms = None
-            self.root = folder.root
-            self._records = records_lib.select_split(folder, source.split)
         else:
-            raise ConfigError(f"source {self.name!r} has no place: set data.root=DIR (or its root=)")
+            self._phantoms = None
+            self._folder = source.read()
+            # A split in the words of TFDS has selected its records already.
+            split = None if source.tfds is not None and is_expression(source.split) else source.split
+            self._records = records_lib.select_split(self._folder, split)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -151,10 +192,15 @@ class RecordSet:
             drawn = self._phantoms[int(self._index[index])]
             record |= {"image": drawn["image"], "mask": drawn["mask"] if mask else None}
         else:
-            if record.get("image") is not None:
-                record["image"] = open_image(record["image"], self.root)
-            if record.get("mask") is not None:
-                record["mask"] = load_mask(record["mask"], self.root) if mask else None
+            for field, read in (("image", open_image), ("mask", load_mask)):
+                if record.get(field) is None:
+                    continue
+                if field == "mask" and not mask:
+                    record[field] = None
+                    continue
+                pixels = self._folder.pixels(record, field)
+                name = None if isinstance(pixels, str | Path) else f"{self.name}: {record[field]}"
+                record[field] = read(pixels, self._folder.root, name=name)
         if self.config.cache and not mask:
             self._cache[index] = record
         return record

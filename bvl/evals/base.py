@@ -174,8 +174,9 @@ def overlaps_training(config: Config, source: Source) -> bool:
 
 def same_place(a: Source, b: Source) -> bool:
     """Whether two sources read the same file of records, or the same phantoms."""
-    if a.root is None or b.root is None:
-        return a.phantoms is not None and a.phantoms == b.phantoms
+    if a.root is None or b.root is None or a.tfds or b.tfds:
+        places = [dataclasses.replace(s.place(), root=None, split=None, tfds_fields={}) for s in (a, b)]
+        return places[0] == places[1] and places[0] != Source(split=None)
     try:
         return find_manifest(Path(a.root)).samefile(find_manifest(Path(b.root)))
     except DataError:
@@ -315,11 +316,4 @@ def fields_of(record_set: RecordSet) -> str:
 
 def _place(source: Source) -> str:
     """Sources with the same place and split have the same images, whatever is read beside them."""
-    plain = Source(
-        root=source.root,
-        phantoms=source.phantoms,
-        split=source.split,
-        image_column=source.image_column,
-        text_column=source.text_column,
-    )
-    return json.dumps(config_lib.to_dict(plain), sort_keys=True)
+    return json.dumps(config_lib.to_dict(source.place()), sort_keys=True)
