@@ -1,10 +1,14 @@
-"""A task of the kind that a method brings: a head, state that is no parameter, work after the update, a teacher."""
+"""Tasks of the kind that a method brings (a head, state that is no parameter, work after the update, a teacher,
+inputs of its own), and a tower with a batch norm."""
 
 import dataclasses
+from typing import ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bvl.models.features import ImageFeatures
 from bvl.models.layers import Dense
 from bvl.tasks.base import Context, Head, LossOutput, ModelInfo, Task, View
 
@@ -54,3 +58,58 @@ class Centre(Task):
 
     def after_update(self, extra, params):
         return extra | {"updates": extra["updates"] + 1, "log_scale": params["model"]["log_scale"]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shifted(Task):
+    """Pulls the embeddings of randomly brightened images to zero; each row has a shift of its own."""
+
+    per_example: ClassVar[bool] = True
+
+    def fields(self) -> frozenset[str]:
+        return frozenset({"image", "image_valid"})
+
+    def views(self) -> tuple[View, ...]:
+        return (View("image", input="shifted/image"),)
+
+    def prepare(self, batch, keys, info):
+        shift = jax.vmap(jax.random.uniform)(keys)
+        return {"shifted/shift": shift, "shifted/image": batch["image"] + shift[:, None, None, None]}
+
+    def count(self, batch, info):
+        return jnp.float32(len(batch["image"]))
+
+    def loss(self, ctx: Context) -> LossOutput:
+        squares, count = (
+            jnp.square(ctx.features["shifted/image"].embed).sum(-1),
+            self.count(ctx.batch, ctx.info),
+        )
+        return LossOutput(
+            squares.mean(),
+            {"loss": (squares.sum(), count), "shift": (ctx.batch["shifted/shift"].sum(), count)},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormTower:
+    """The smallest image tower with running statistics: the mean colour, normalised over the batch."""
+
+    output_width: ClassVar[int] = 3
+
+    def make(self, *, image_size, dtype):
+        return MeanColour()
+
+
+class MeanColour(nn.Module):
+    @nn.compact
+    def __call__(self, image, *, keys=None, levels=False):
+        pooled = image.mean((1, 2))
+        mean = self.param("running_mean", nn.initializers.zeros, (3,))
+        var = self.param("running_var", nn.initializers.ones, (3,))
+        if keys is not None:
+            old = mean, var
+            mean, var = pooled.mean(0), pooled.var(0)
+            for name, before, new in zip(("mean", "var"), old, (mean, var), strict=True):
+                self.sow("statistics", f"running_{name}", 0.9 * before + 0.1 * new, reduce_fn=lambda _, x: x)
+        pooled = (pooled - mean) * jax.lax.rsqrt(var + 1e-5) * self.param("scale", nn.initializers.ones, (3,))
+        return ImageFeatures(pooled=pooled, tokens=pooled[:, None], grid=(1, 1))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tasks_for_tests import MOMENTUM, Centre
+from tasks_for_tests import MOMENTUM, BatchNormTower, Centre, Shifted
 from tiny_run import assert_same_trees, fast_compilation, tiny_config  # noqa: F401
 
 from bvl.data.phantoms import FINDINGS
@@ -22,7 +22,9 @@ from bvl.runs import build_model
 from bvl.tasks.base import ModelInfo, View
 from bvl.tasks.classify import Classify
 from bvl.tasks.contrastive import Contrastive
+from bvl.tasks.mlm import MaskedLanguageModel
 from bvl.train.optim import OptimConfig, make_optimizer
+from bvl.train.parameters import group_of, parameter_name
 from bvl.train.step import Program, make_train_step
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -58,18 +60,38 @@ def one_device():
     return make_mesh(MeshConfig(), devices=jax.devices()[:1])
 
 
-def make_program(tasks, *, mesh=None, seed=0, ema_decay=0.0, frozen=None):
+def make_program(
+    tasks, *, mesh=None, seed=0, ema_decay=0.0, frozen=None, group_norms=False, image=None, text=None
+):
+    """`image`, `text`: changes of the towers' options; `image` may also be another tower."""
     config = tiny_config(tasks=tasks)
-    model = build_model(config, data()[0])
+    towers = {
+        "image": dataclasses.replace(config.model.image, **image)
+        if isinstance(image, dict)
+        else image or config.model.image,
+        "text": dataclasses.replace(config.model.text, **(text or {})),
+    }
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **towers))
+    tokenizer = data()[0]
+    model = build_model(config, tokenizer)
     return Program(
         model=model,
         preprocess=config.data.preprocess,
         tasks=tasks,
-        info=ModelInfo(config.model.image.sizes[0], config.model.text.width, config.model.embed_dim, CLASSES),
+        info=ModelInfo(
+            config.model.image.output_width,
+            config.model.text.width,
+            config.model.embed_dim,
+            CLASSES,
+            vocab_size=tokenizer.vocab_size,
+            mask_id=tokenizer.mask_id,
+            special_ids=tokenizer.special_ids,
+        ),
         mesh=mesh or one_device(),
         seed=seed,
         ema_decay=ema_decay,
         frozen=frozen or {},
+        group_norms=group_norms,
     )
 
 
@@ -270,3 +292,227 @@ def test_sgd_moves_by_the_gradient():
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, before, grads)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), state.params, expected)
     np.testing.assert_allclose(metrics["step"]["grad_norm"], [optax.tree.norm(grads), 1.0], rtol=1e-4)
+
+
+def named(tree):
+    return {parameter_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """max |a - b| <= tolerance * max |b| of every array: the same sums in another order, in float32."""
+    largest = max(np.abs(b).max() for b in expected.values())
+    for name, b in expected.items():
+        # Biases of keys have no gradient but rounding; arrays that are all but zero are measured by the largest.
+        error = np.abs(actual[name] - b).max() / max(np.abs(b).max(), 1e-2 * largest)
+        assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+FREEZE_TEXT = dataclasses.replace(SGD, name="adam", lr=1e-3, freeze=("^model/text/",))
+
+
+def test_a_frozen_tower_costs_no_gradient_and_no_state():
+    """It also draws no dropout: its features are those of an evaluation."""
+    program = make_program({"pairs": TASKS["pairs"]}, text={"dropout": 0.5}, ema_decay=0.5)
+    flops = {}
+    for optim in (dataclasses.replace(FREEZE_TEXT, freeze=()), FREEZE_TEXT):
+        optimizer = make_optimizer(optim, 100, unbox(jax.eval_shape(program.init_params, jax.random.key(0))))
+        state, shardings = init_sharded(
+            functools.partial(program.init_state, optimizer=optimizer), program.mesh, jax.random.key(0)
+        )
+        compiled = make_train_step(program, optimizer, shardings)
+        batch = to_global(data()[1][0], program.mesh)
+        flops[optim.freeze] = compiled.lower(state, {}, batch).compile().cost_analysis()["flops"]
+        shapes = named(state.params)
+        kept = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+        trained = sum(x.size for name, x in shapes.items() if optimizer.trains(name) and x.ndim)
+        assert kept == 2 * trained
+    frozen = {name: x for name, x in shapes.items() if name.startswith("model/text/")}
+    # The backward pass is two thirds of a tower's work, and here the text tower's is most of all.
+    assert flops[FREEZE_TEXT.freeze] < 0.6 * flops[()]
+
+    loss = program.loss(
+        state.params, {"pairs": None}, {}, data()[1][0], jax.random.key(0), 0, trains=optimizer.trains
+    )
+    plain = make_program({"pairs": TASKS["pairs"]})
+    expected = plain.loss(state.params, {"pairs": None}, {}, data()[1][0], jax.random.key(0), 0)
+    np.testing.assert_array_equal(loss[0], expected[0])
+
+    for _ in range(2):
+        state, metrics = compiled(state, {}, batch)
+    after, average = named(state.params), named(state.ema)
+    for name, x in frozen.items():
+        np.testing.assert_array_equal(after[name], x, err_msg=name)
+        np.testing.assert_array_equal(average[name], x, err_msg=name)
+    assert np.abs(after["model/text_projection/kernel"] - shapes["model/text_projection/kernel"]).max() > 0
+
+
+# A rate at which rounding of the parameters says little about the gradients read off their change.
+LARGE = 100.0
+MICROBATCHED = {
+    "labels": Classify(multi_label=True, weight=0.5, class_weights={CLASSES[0]: 3.0}, label_smoothing=0.1),
+    "one": Classify(class_weights={CLASSES[1]: 2.0}),
+    "mlm": MaskedLanguageModel(),
+}
+
+
+def with_gaps(batch):
+    """Rows 0 and 4, of four microbatches the whole first one, have no labels; row 3 has no image."""
+    label_valid, image_valid = batch["label_valid"].copy(), batch["image_valid"].copy()
+    label_valid[[0, 4]], image_valid[3] = False, False
+    labels = batch["labels"].copy()
+    labels[5:] = np.eye(len(CLASSES))[[0, 1, 2]]
+    return batch | {
+        "label_valid": label_valid,
+        "image_valid": image_valid,
+        "labels": labels.astype(np.float32),
+    }
+
+
+def test_microbatches_add_up_to_the_batch():
+    """Values and gradients, with unequal counts, an empty microbatch and dropout in both towers."""
+    program = make_program(
+        MICROBATCHED, image={"dropout": 0.3, "drop_path": 0.3}, text={"dropout": 0.3, "causal": False}
+    )
+    batch = with_gaps(data()[1][0])
+    results = {}
+    for accumulate in (1, 4):
+        state, step = start(program, dataclasses.replace(SGD, lr=LARGE, accumulate=accumulate))
+        before = named(state.params)
+        state, metrics = step(state, batch)
+        gradient = {name: (before[name] - x) / LARGE for name, x in named(state.params).items()}
+        results[accumulate] = gradient, named(metrics), int(state.step)
+    assert_close(results[4][0], results[1][0])
+    for name, value in results[1][1].items():
+        np.testing.assert_allclose(results[4][1][name], value, rtol=1e-5, err_msg=name)
+    assert results[4][2] == results[1][2] == 1
+    without = program.loss(
+        state.params, dict.fromkeys(MICROBATCHED), {}, program.prepare(batch, jax.random.key(0)), jax.random.key(0), 0,
+        trains=lambda name: False,
+    )  # fmt: skip
+    assert abs(without[0] - results[1][1]["step/loss"][0]) > 1e-3, "dropout does something"
+
+
+@pytest.mark.parametrize(
+    "tasks, accumulate, message",
+    [
+        (TASKS, 2, "task 'pairs' \\(Contrastive\\) needs all rows of the batch at once"),
+        ({"labels": TASKS["labels"]}, 3, "batch_size=8 cannot be split into optim.accumulate=3"),
+    ],
+)
+def test_batches_that_cannot_be_split(tasks, accumulate, message):
+    state, step = start(make_program(tasks), dataclasses.replace(SGD, accumulate=accumulate))
+    with pytest.raises(ConfigError, match=message):
+        step(state, data()[1][0])
+
+
+def test_masks_belong_to_rows():
+    """Rows in another order have the same masks; another step has others; each text of an image has its own."""
+    program = make_program({"pairs": TASKS["pairs"]}, image={"dropout": 0.3}, text={"dropout": 0.3})
+    params = unbox(program.init_params(jax.random.key(0)))["model"]
+    batch = {key: value[:3] for key, value in data()[1][0].items()}
+    batch |= {key: np.repeat(batch[key], 2, axis=1) for key in ("text", "text_mask")}
+
+    @jax.jit
+    def encode(batch, rng):
+        keys = program.row_keys(batch, rng)
+        features, _ = program.encode(
+            program.model,
+            program.preprocess,
+            params,
+            batch,
+            program.views()["model"],
+            keys={"image": keys, "text": keys},
+        )
+        return features["image"].embed, features["text"].embed
+
+    image, text = encode(batch, jax.random.key(0))
+    backward = {key: value[::-1] for key, value in batch.items()}
+    image_again, text_again = encode(backward, jax.random.key(0))
+    np.testing.assert_allclose(image_again[::-1], image, atol=1e-6)
+    np.testing.assert_allclose(text_again.reshape(3, 2, -1)[::-1].reshape(text.shape), text, atol=1e-6)
+    assert np.abs(encode(batch, jax.random.key(1))[0] - image).max() > 1e-2
+    assert np.abs(text[::2] - text[1::2]).max() > 1e-2
+    # Without keys nothing is dropped.
+    plain = program.encode(program.model, program.preprocess, params, batch, program.views()["model"])[0]
+    np.testing.assert_allclose(plain["text"].embed[::2], plain["text"].embed[1::2], atol=1e-6)
+
+
+def test_a_task_may_prepare_inputs_of_its_own():
+    """They are encoded beside the batch's own, drawn by row, and other tasks see them."""
+    program = make_program({"shifted": Shifted(), "labels": TASKS["labels"]})
+    assert set(program.views()["model"]) == {"shifted/image", "image"}
+    _, metrics = run(program, data()[1][:1])
+    batch = program.prepare(data()[1][0], jax.random.fold_in(jax.random.key(0), 0))
+    np.testing.assert_allclose(
+        metrics[0]["tasks"]["shifted"]["shift"][0], batch["shifted/shift"].sum(), rtol=1e-6
+    )
+    assert len(np.unique(batch["shifted/shift"])) == 8
+    half = program.prepare(
+        {k: v[4:] for k, v in data()[1][0].items()}, jax.random.fold_in(jax.random.key(0), 0)
+    )
+    np.testing.assert_array_equal(half["shifted/shift"], batch["shifted/shift"][4:])
+    with pytest.raises(ConfigError, match="'b' makes the batch key 'shifted/shift', which is there already"):
+        make_program({"a": Shifted(), "b": Shifted()}).prepare(data()[1][0], jax.random.key(0))
+
+
+@pytest.mark.parametrize("accumulate", (1, 2))
+def test_statistics_of_batch_norms(accumulate):
+    """Moved by the step and not by the optimiser; averaged with the parameters; with microbatches their mean."""
+    tower = BatchNormTower()
+    program = make_program({"labels": TASKS["labels"]}, image=tower, ema_decay=0.5)
+    optim = dataclasses.replace(SGD, name="adamw", weight_decay=0.5, accumulate=accumulate)
+    state, step = start(program, optim)
+    assert not any("running" in name for name in named(jax.tree.map(np.asarray, state.opt_state)))
+    state, _ = step(state, data()[1][0])
+    pixels = np.asarray(data()[1][0]["image"], np.float64) / 255.0
+    scaled = ((pixels - program.preprocess.mean) / program.preprocess.std).mean((1, 2))
+    parts = [scaled[i::accumulate] for i in range(accumulate)]
+    expected = {
+        "mean": 0.9 * 0.0 + 0.1 * np.mean([part.mean(0) for part in parts], axis=0),
+        "var": 0.9 * 1.0 + 0.1 * np.mean([part.var(0) for part in parts], axis=0),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(state.params["model"]["image"][f"running_{name}"], value, rtol=1e-4)
+        start_value = np.float32(name == "var")
+        average = 0.1 * start_value + 0.9 * value
+        np.testing.assert_allclose(state.ema["model"]["image"][f"running_{name}"], average, rtol=1e-4)
+
+
+def test_norms_by_group():
+    program = make_program(TASKS, group_norms=True)
+    state, step = start(program, dataclasses.replace(SGD, freeze=("^model/text/",)))
+    before = named(state.params)
+    state, metrics = step(state, data()[1][0])
+    norms = {name: float(total) for name, (total, count) in metrics["step"].items() if count == 1}
+    groups = {"image", "projections", "logits", "heads/labels", "heads/centre"}
+    assert set(norms) == {"loss", "grad_norm"} | {
+        f"{k}_norm/{g}" for k in ("grad", "update", "param") for g in groups
+    }
+    after = named(state.params)
+    for group in groups:
+        names = [name for name in after if group_of(name) == group]
+        length = lambda tree: np.sqrt(sum(np.square(tree[name]).sum() for name in names))  # noqa: B023, E731
+        np.testing.assert_allclose(norms[f"param_norm/{group}"], length(after), rtol=1e-4)
+        np.testing.assert_allclose(
+            norms[f"update_norm/{group}"], SGD.lr * norms[f"grad_norm/{group}"], rtol=1e-4
+        )
+        change = length({name: after[name] - before[name] for name in names})
+        np.testing.assert_allclose(change, norms[f"update_norm/{group}"], rtol=1e-2, atol=1e-6)
+    total = np.sqrt(sum(norms[f"grad_norm/{group}"] ** 2 for group in groups))
+    np.testing.assert_allclose(norms["grad_norm"], total, rtol=1e-4)
+
+
+def test_a_schedule_free_average_is_what_is_evaluated():
+    """`ema` holds the optimiser's average x = (y - (1 - b1) z) / b1 and not the parameters y of the gradient."""
+    program = make_program({"labels": TASKS["labels"]})
+    optim = dataclasses.replace(SGD, name="contrib.schedule_free_adamw", lr=1e-2, freeze=("^model/text/",))
+    optimizer = make_optimizer(optim, 100, unbox(jax.eval_shape(program.init_params, jax.random.key(0))))
+    state, step = start(program, optim)
+    assert_same_trees(jax.tree.map(np.asarray, state.ema), jax.tree.map(np.asarray, state.params))
+    for batch in data()[1][:2]:
+        state, _ = step(state, batch)
+    average, params = named(state.ema), named(state.params)
+    assert_close(average, named(optimizer.eval_params(state.opt_state, state.params)))
+    name = "model/image/patch_embed/kernel"
+    assert np.abs(average[name] - params[name]).max() > 1e-4
+    np.testing.assert_array_equal(average["model/text/token_embed"], params["model/text/token_embed"])
