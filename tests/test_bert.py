@@ -82,6 +82,20 @@ def test_post_norm_and_both_directions():
     np.testing.assert_array_equal(later.tokens[1], out.tokens[1])
 
 
+def test_pooling_several_layers():
+    _, f = tower(TINY(depth=3))
+    _, several = tower(TINY(depth=3, pool="mean", pool_layers=(1, -1)))
+    last, pooled = f(TOKENS).tokens, several(TOKENS)
+    np.testing.assert_array_equal(pooled.tokens, last)
+    _, first = tower(TINY(depth=3, pool="mean", pool_layers=(1,)))
+    _, mean = tower(TINY(depth=3, pool="mean"))
+    want = (first(TOKENS).pooled + mean(TOKENS).pooled) / 2
+    np.testing.assert_allclose(pooled.pooled, want, atol=1e-5)
+    assert np.abs(first(TOKENS).pooled - mean(TOKENS).pooled).max() > 1e-2
+    _, one = tower(TINY(depth=3, pool="mean", pool_layers=(3,)))
+    np.testing.assert_allclose(one(TOKENS).pooled, mean(TOKENS).pooled, atol=1e-6)
+
+
 def test_token_types():
     _, f = tower(TINY())
     zeros, ones = jnp.zeros_like(TOKENS), jnp.ones_like(TOKENS)
@@ -90,8 +104,8 @@ def test_token_types():
 
 
 def test_dropout_only_with_keys():
-    _, f = tower(TINY(dropout=0.2))
-    _, without = tower(TINY(dropout=0.0))
+    _, f = tower(TINY(depth=1, dropout=0.2))
+    _, without = tower(TINY(depth=1, dropout=0.0))
     np.testing.assert_array_equal(f(TOKENS).pooled, without(TOKENS).pooled)
     keys = jax.random.split(jax.random.key(1), 2)
     both = f(TOKENS, keys=keys).pooled
@@ -135,6 +149,8 @@ def test_sizes():
         ({"depth": 0}, "at least 1"),
         ({"max_positions": 0}, "max_positions"),
         ({"dropout": 1.0}, "dropout=1.0"),
+        ({"pool_layers": (0,)}, "numbered 1 to 12"),
+        ({"depth": 2, "pool_layers": (1, 3)}, "numbered 1 to 2"),
     ],
 )
 def test_bad_options(options, message):

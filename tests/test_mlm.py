@@ -20,8 +20,9 @@ from bvl.models.bert import BertConfig
 from bvl.models.features import TextFeatures
 from bvl.models.text import TextConfig
 from bvl.models.vlm import DualEncoderConfig
+from bvl.runs import load_components
 from bvl.tasks.base import ModelInfo
-from bvl.tasks.contrastive import Contrastive
+from bvl.tasks.contrastive import Contrastive, embed_texts
 from bvl.tasks.mlm import MaskedLanguageModel
 from bvl.train.loop import train
 from bvl.train.optim import OptimConfig
@@ -138,7 +139,7 @@ def test_it_learns_beside_contrastive_and_from_texts_alone(tmp_path, fast_compil
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(note) + "\n" for note in notes))
     base = tiny_config(tmp_path / "run", steps=60, batch_size=16)
     sources = (Source(phantoms=phantoms, split=None, cache=True), Source(root=str(tmp_path), split=None))
-    text = BertConfig("tiny", hidden_size=48, num_heads=2, depth=1, max_positions=24, dropout=0.0)
+    text = BertConfig("tiny", hidden_size=48, num_heads=2, depth=1, max_positions=30, dropout=0.05)
     config = dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, text=text),
@@ -159,4 +160,7 @@ def test_it_learns_beside_contrastive_and_from_texts_alone(tmp_path, fast_compil
     assert rows[-1]["mlm/accuracy"] > 2 * most_frequent
     assert rows[-1]["loss/mlm"] < 0.75 * rows[0]["loss/mlm"]
     assert rows[-1]["loss/contrastive"] < rows[0]["loss/contrastive"]
+    # Loaded, the tower drops nothing.
+    loaded = load_components(tmp_path / "run")
+    np.testing.assert_array_equal(*(embed_texts(loaded, ["no laser scar"]) for _ in range(2)))
     assert all(0 < row["contrastive/pairs"] < 14 for row in rows), "rows without an image form no pair"

@@ -39,6 +39,8 @@ class BertConfig:
     max_positions: length of the table of positions; the tokenizer's context may be shorter.
     pool: "cls" takes the first token, "pooler" sends it through a dense layer and tanh (as BERT's own classifier
     does), "mean" and "max" run over the text tokens.
+    pool_layers: pool the mean of the states behind these blocks, counted from 1 or from the end (-1 the last);
+    FLAIR and MedCLIP use (1, 2, -1). Empty = the last alone.
     dropout: of the embeddings and of both branches of each block; drop_path: stochastic depth.
     """
 
@@ -50,6 +52,7 @@ class BertConfig:
     max_positions: int = 512
     type_vocab_size: int = 2
     pool: Literal["cls", "mean", "max", "pooler"] = "cls"
+    pool_layers: tuple[int, ...] = ()
     norm_epsilon: float = 1e-12
     dropout: float = 0.1
     drop_path: float = 0.0
@@ -66,6 +69,11 @@ class BertConfig:
         check_rates("text", dropout=self.dropout, drop_path=self.drop_path)
         if min(self.max_positions, self.type_vocab_size) < 1:
             raise ConfigError("max_positions and type_vocab_size must be at least 1")
+        depth = self.sizes[1]
+        if any(not 1 <= abs(layer) <= depth for layer in self.pool_layers):
+            raise ConfigError(
+                f"pool_layers={self.pool_layers}: blocks are numbered 1 to {depth} or -{depth} to -1"
+            )
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -136,7 +144,7 @@ class Bert(nn.Module):
             words + positions + kinds
         )
         x = dropout(x, config.dropout, fold(keys, 0))
-        x = Stack(
+        x, levels = Stack(
             depth=depth,
             num_heads=num_heads,
             mlp_hidden=mlp_hidden,
@@ -148,11 +156,19 @@ class Bert(nn.Module):
             remat=config.remat,
             dtype=self.dtype,
             name="stack",
-        )(x, mask, keys=fold(keys, 1))
+        ).run(
+            x,
+            mask,
+            keys=fold(keys, 1),
+            levels=tuple(layer - 1 if layer > 0 else depth + layer for layer in config.pool_layers),
+        )
+        states = sum(levels) / len(levels) if levels else x
         if config.pool == "pooler":
-            pooled = jnp.tanh(Dense(width, names=("embed", None), dtype=self.dtype, name="pooler")(x[:, 0]))
+            pooled = jnp.tanh(
+                Dense(width, names=("embed", None), dtype=self.dtype, name="pooler")(states[:, 0])
+            )
         else:
-            pooled = pool_tokens(x, tokens, mask, config.pool, end_id=-1)
+            pooled = pool_tokens(states, tokens, mask, config.pool, end_id=-1)
         return TextFeatures(pooled=pooled, tokens=x, mask=mask)
 
 
