@@ -1,5 +1,8 @@
 """Optimisers: schedules, decay masks, learning rates and freezing by name."""
 
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,21 @@ from bvl.models.layers import Stack
 from bvl.train.optim import OptimConfig, make_optimizer, make_schedule
 from bvl.train.parameters import merge, parameter_name
 
-NAMES = ("adamw", "sgd", "lion", "adafactor", "lamb")
+NAMES = (
+    "adamw",
+    "sgd",
+    "lion",
+    "adafactor",
+    "lamb",
+    "contrib.muon",
+    "contrib.schedule_free_adamw",
+    "contrib.momo",
+)
+
+
+def config_of(name, **changes):
+    """Schedule-free optimisers take no decaying schedule."""
+    return OptimConfig(name=name, **{"schedule": "constant", "warmup_steps": 0} | changes)
 
 
 def boxed(value, *names):
@@ -43,7 +60,7 @@ def step(config, params, grads, *, steps=10, count=1):
     trained, frozen = optimizer.split(params)
     state = optimizer.init(params)
     for _ in range(count):
-        updates, state = optimizer.transform.update(optimizer.split(grads)[0], state, trained, value=0.0)
+        updates, state = optimizer.transform.update(optimizer.split(grads)[0], state, trained, value=1.0)
         trained = optax.apply_updates(trained, updates)
     return merge(trained, frozen)
 
@@ -76,6 +93,29 @@ def test_schedule(schedule, middle, end):
     assert np.all(np.diff(values[:10]) > 0) and np.all(np.diff(values[10:]) <= 0)
 
 
+def test_inverse_square_root():
+    """lr * sqrt(timescale / (timescale + t)), t steps after the warm-up: half the rate after 3 timescales."""
+    lr = make_schedule(OptimConfig(lr=2.0, schedule="rsqrt", warmup_steps=10, timescale=20), 1000)
+    np.testing.assert_allclose([lr(9), lr(10), lr(70), lr(310)], [2.0, 2.0, 1.0, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ("cosine", "linear", "constant", "rsqrt"))
+def test_cool_down(schedule):
+    """The schedule as it is without, then a straight line to the final rate."""
+    config = OptimConfig(lr=2.0, schedule=schedule, warmup_steps=10, timescale=20, final_fraction=0.05)
+    plain = make_schedule(config, 100)
+    lr = make_schedule(dataclasses.replace(config, cooldown_steps=20), 100)
+    for step in (0, 9, 10, 50, 80):
+        np.testing.assert_allclose(lr(step), plain(step), rtol=1e-6)
+    np.testing.assert_allclose(lr(90), (float(plain(80)) + 0.1) / 2, rtol=1e-6)
+    np.testing.assert_allclose(lr(100), 0.1, rtol=1e-6)
+
+
+def test_cool_down_longer_than_the_run():
+    with pytest.raises(ConfigError, match="warmup_steps=10 and cooldown_steps=91.*optim.cooldown_steps=45"):
+        make_schedule(OptimConfig(schedule="constant", warmup_steps=10, cooldown_steps=91), 100)
+
+
 @pytest.mark.parametrize("warmup, first", [(0, 2.0), (1, 2.0), (2, 1.0)])
 def test_short_warm_up(warmup, first):
     lr = make_schedule(OptimConfig(lr=2.0, warmup_steps=warmup), 10)
@@ -98,6 +138,12 @@ def test_warm_up_longer_than_the_run():
         (dict(weight_decay=-0.1), "weight_decay=-0.1"),
         (dict(final_fraction=1.5), "final_fraction=1.5"),
         (dict(freeze=("(",)), "no regular expression"),
+        (dict(name="contrib.muonn"), "nearest is 'contrib.muon'"),
+        (dict(layer_decay=0.0), "layer_decay=0.0"),
+        (dict(accumulate=0), "accumulate=0"),
+        (dict(cooldown_steps=-1), "cooldown_steps=-1"),
+        (dict(name="contrib.schedule_free_sgd"), "optim.schedule='constant'"),
+        (dict(name="contrib.schedule_free_sgd", schedule="constant", ema_decay=0.9), "optim.ema_decay=0"),
     ],
 )
 def test_impossible_values(options, message):
@@ -105,9 +151,9 @@ def test_impossible_values(options, message):
         OptimConfig(**options)
 
 
-@pytest.mark.parametrize("name", ("adamw", "sgd"))
+@pytest.mark.parametrize("name", ("adamw", "sgd", "lion", "adafactor", "contrib.muon"))
 def test_decay_mask(name):
-    """Matrices shrink, also those of a stack; biases, norms, positions and scalars do not."""
+    """Matrices shrink by lr * weight_decay, also those of a stack; biases, norms, positions and scalars do not."""
     params = unbox(make_params())
     config = OptimConfig(
         name=name, lr=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5, clip_norm=None
@@ -141,6 +187,29 @@ def test_a_scanned_stack_is_named_as_the_mask_expects():
     assert all(n.endswith("kernel") for n in decayed[True])
 
 
+def test_decay_within_the_trust_ratio():
+    """LAMB: the decayed update has the parameter's norm, so that a step without gradient shrinks it by lr."""
+    params = unbox(make_params())
+    after = step(config_of("lamb", lr=0.1, weight_decay=0.5, clip_norm=None), params, zeros(params))
+    for name, (old, new) in zip(moved(params, after), zip(jax.tree.leaves(params), jax.tree.leaves(after), strict=True), strict=True):  # fmt: skip
+        np.testing.assert_allclose(
+            new, old * (0.9 if name.endswith("kernel") else 1.0), rtol=1e-5, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("name", ("adamw", "sgd", "lion", "adafactor", "lamb", "contrib.muon"))
+def test_updates_follow_the_schedule(name):
+    """The first step of a warm-up of ten moves a tenth of what it does without, decay included."""
+    params = unbox(make_params())
+    config = config_of(name, lr=1e-3, weight_decay=0.5)
+    whole, tenth = (
+        moved(params, step(dataclasses.replace(config, warmup_steps=w), params, ones(params), steps=100))
+        for w in (0, 10)
+    )
+    for parameter, change in whole.items():
+        np.testing.assert_allclose(tenth[parameter], 0.1 * change, rtol=2e-3, atol=1e-7, err_msg=parameter)
+
+
 @pytest.mark.parametrize("name", ("adamw", "sgd", "lion"))
 def test_learning_rate_by_name(name):
     params = unbox(make_params())
@@ -159,7 +228,7 @@ def test_learning_rate_by_name(name):
 def test_freezing(name):
     """No update, and no memory of the optimiser."""
     params = unbox(make_params())
-    config = OptimConfig(name=name, lr=0.1, warmup_steps=0, freeze=("^model/image/", "log_scale"))
+    config = config_of(name, lr=0.1, freeze=("^model/image/", "log_scale"))
     optimizer = make_optimizer(config, 10, params)
     assert not [x.shape for x in jax.tree.leaves(optimizer.init(params)) if x.shape[-2:] in ((4, 6), (5, 4))]
     change = moved(params, step(config, params, ones(params), count=2))
@@ -195,7 +264,9 @@ def test_clip():
 def test_every_optimizer_constructs_places_and_steps(name, freeze):
     """Through boxed parameters, as the loop makes a state: every array of the state has a sharding."""
     params = make_params()
-    config = OptimConfig(name=name, warmup_steps=0, freeze=freeze, options={"min_dim_size_to_factor": 2} if name == "adafactor" else {})  # fmt: skip
+    config = config_of(
+        name, freeze=freeze, options={"min_dim_size_to_factor": 2} if name == "adafactor" else {}
+    )
     optimizer = make_optimizer(config, 10, unbox(params))
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     shardings = shardings_of(jax.eval_shape(lambda p: optimizer.init(p), params), mesh)
@@ -212,3 +283,119 @@ def test_optimizer_options():
         make_optimizer(OptimConfig(warmup_steps=0, options={"beta2": 0.95}), 10, params)
     with pytest.raises(ConfigError, match="optax.global_norm"):
         make_optimizer(OptimConfig(name="global_norm", warmup_steps=0), 10, params)
+    with pytest.raises(ConfigError, match="optax.contrib.muon does not take b2"):
+        make_optimizer(OptimConfig(name="contrib.muon", warmup_steps=0, options={"b2": 0.95}), 10, params)
+
+
+@pytest.mark.parametrize("name", ("lbfgs", "contrib.sophia", "contrib.mechanize"))
+def test_optimizers_that_do_not_fit(name):
+    """They want the loss as a function, or another optimiser."""
+    with pytest.raises(ConfigError, match=f"optax.{name}"):
+        make_optimizer(OptimConfig(name=name, warmup_steps=0), 10, unbox(make_params()))
+
+
+def test_nothing_left_to_train():
+    with pytest.raises(ConfigError, match="matches every parameter"):
+        make_optimizer(OptimConfig(freeze=("/",)), 1000, unbox(make_params()))
+
+
+def tower_shapes(scan):
+    """Names and shapes of towers as the models make them, with a stack of two blocks."""
+    stack = Stack(depth=2, num_heads=2, mlp_hidden=8, scan=scan)
+    stack = unbox(jax.eval_shape(stack.init, jax.random.key(0), jnp.ones((1, 3, 4))))["params"]
+    vector = jax.ShapeDtypeStruct((4,), jnp.float32)
+    matrix = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    resnet = {f"stage_{i}": {f"block_{j}": {"conv": {"kernel": matrix}} for j in range(2)} for i in range(3)}
+    return {
+        "model": {
+            "image": {"stem": {"kernel": matrix}, **resnet, "pool": {"query": {"kernel": matrix}}},
+            "text": {"token_embed": matrix, "positions": matrix, "stack": stack, "norm": {"scale": vector}},
+            "text_projection": {"kernel": matrix},
+            "log_scale": jax.ShapeDtypeStruct((), jnp.float32),
+        },
+        "heads": {"classify": {"linear": {"kernel": matrix}}},
+    }
+
+
+@pytest.mark.parametrize("scan", (False, True))
+def test_layer_wise_decay(scan):
+    """1 at the top of a tower and outside, a factor less for each layer down; stages count as layers."""
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), tower_shapes(scan))
+    config = OptimConfig(
+        name="sgd", lr=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=None, layer_decay=0.5,
+        lr_multipliers={"^model/text/.*bias$": 3.0},
+    )  # fmt: skip
+    after = step(config, params, ones(params))
+    change = {parameter_name(path): -x for path, x in jax.tree_util.tree_leaves_with_path(after)}
+    expected = {
+        "model/text/token_embed": 0.125,
+        "model/text/positions": 0.125,
+        "model/text/norm/scale": 1.0,
+        "model/text_projection/kernel": 1.0,
+        "model/log_scale": 1.0,
+        "heads/classify/linear/kernel": 1.0,
+        "model/image/stem/kernel": 0.0625,
+        "model/image/stage_0/block_1/conv/kernel": 0.125,
+        "model/image/stage_2/block_0/conv/kernel": 0.5,
+        "model/image/pool/query/kernel": 1.0,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(change[name], np.full_like(change[name], value), err_msg=name)
+    for i, value in enumerate((0.25, 0.5)):
+        prefix = "model/text/stack/" + ("blocks/" if scan else f"block_{i}/")
+        for leaf, factor in (("mlp/up/kernel", 1.0), ("mlp/up/bias", 3.0), ("mlp_norm/scale", 1.0)):
+            actual = change[prefix + leaf][i] if scan else change[prefix + leaf]
+            np.testing.assert_allclose(actual, np.full_like(actual, factor * value), err_msg=prefix + leaf)
+
+
+@pytest.mark.parametrize("name", ("adamw", "sgd"))
+def test_schedule_free(name):
+    """The same as optax's own without decay; with it, decay is masked; factors of the rate reach z."""
+    params = unbox(make_params())
+    rng = np.random.default_rng(1)
+    grads = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params) for _ in range(3)]
+    config = config_of(
+        f"contrib.schedule_free_{name}", lr=0.1, weight_decay=0.0, clip_norm=None, options={"b1": 0.95}
+    )
+    ours = make_optimizer(config, 10, params)
+    theirs = getattr(optax.contrib, f"schedule_free_{name}")(0.1, b1=0.95)
+    a, b = (params, ours.init(params)), (params, theirs.init(params))
+    for grad in grads:
+        updates, state = ours.transform.update(grad, a[1], a[0], value=0.0)
+        a = optax.apply_updates(a[0], updates), state
+        updates, state = theirs.update(grad, b[1], b[0])
+        b = optax.apply_updates(b[0], updates), state
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, a[0], b[0])
+    jax.tree.map(close, ours.eval_params(a[1], a[0]), optax.contrib.schedule_free_eval_params(b[1], b[0]))
+
+    after = step(dataclasses.replace(config, weight_decay=0.5), params, zeros(params))
+    assert {n for n, d in moved(params, after).items() if d > 1e-5} == {
+        n for n in moved(params, after) if n.endswith("kernel")
+    }
+    slow = make_optimizer(dataclasses.replace(config, lr_multipliers={"^model/": 0.0}), 10, params)
+    updates, state = slow.transform.update(grads[0], slow.init(params), params, value=0.0)
+    average = moved(params, slow.eval_params(state, optax.apply_updates(params, updates)))
+    assert {n for n, d in average.items() if d > 1e-5} == {n for n in average if n.startswith("heads/")}
+
+
+def test_muon_orthogonalises_each_layer_of_a_stack():
+    """A stacked kernel moves as its layers do one by one; embeddings and vectors are left to Adam."""
+    params = unbox(make_params())
+    rng = np.random.default_rng(2)
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
+    config = config_of("contrib.muon", lr=1.0, weight_decay=0.0, clip_norm=None)
+    after = step(config, params, grads)
+    change = (
+        after["model"]["image"]["stack"]["blocks"]["kernel"]
+        - params["model"]["image"]["stack"]["blocks"]["kernel"]
+    )
+    for i in range(3):
+        layer = {"model": {"kernel": jnp.zeros((4, 6))}}
+        grad = {"model": {"kernel": grads["model"]["image"]["stack"]["blocks"]["kernel"][i]}}
+        alone = step(config, layer, grad)["model"]["kernel"]
+        np.testing.assert_allclose(change[i], alone, rtol=1e-3, atol=1e-4)
+    # Adam's first step has the sign of the gradient and one size.
+    positions = after["model"]["image"]["positions"] - params["model"]["image"]["positions"]
+    np.testing.assert_array_equal(np.sign(positions), -np.sign(grads["model"]["image"]["positions"]))
+    np.testing.assert_allclose(jnp.abs(positions), jnp.abs(positions[0, 0]), rtol=1e-4)
