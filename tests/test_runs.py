@@ -17,10 +17,13 @@ from bvl.config import CheckpointConfig, EvalConfig
 from bvl.data.phantoms import MODALITY_PROMPTS
 from bvl.data.sources import Source
 from bvl.data.text import Tokenizer, TokenizerConfig
-from bvl.errors import CheckpointError, RunFolderError
+from bvl.errors import CheckpointError, ConfigError, RunFolderError
 from bvl.evals.zeroshot import ZeroShot
+from bvl.models.bert import BertConfig
+from bvl.models.text import TextConfig
 from bvl.runs import RunFolder, load_components
-from bvl.tasks.contrastive import embed_images, embed_texts
+from bvl.tasks.contrastive import Contrastive, embed_images, embed_texts
+from bvl.tasks.mlm import MaskedLanguageModel
 from bvl.train.loop import train
 from bvl.train.optim import OptimConfig
 
@@ -218,6 +221,30 @@ def test_a_tokenizer_of_another_vocabulary(moved, size):
         load_components(moved)
     with pytest.raises(CheckpointError, match="tokenizer"):
         train(dataclasses.replace(config_lib.load_dump(moved / "config.json"), workdir=str(moved)))
+
+
+@pytest.mark.parametrize(
+    ("text", "tasks", "message"),
+    [
+        (BertConfig("tiny", max_positions=8), {"contrastive": Contrastive()},
+         r"data.tokenizer.context_length=16 is longer .* model.text.max_positions=8"),
+        (TextConfig(), {"mlm": MaskedLanguageModel()}, "model.text.causal=False"),
+        (BertConfig("tiny"), {"mlm": MaskedLanguageModel()}, r"no mask token; looked for \[MASK\], <mask>"),
+    ],
+)  # fmt: skip
+def test_texts_that_a_tower_or_task_cannot_read(tmp_path, text, tasks, message):
+    """Said by `train` before the first step, not by a shape deep inside."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "no"]) + "\n")
+    config = tiny_config(tmp_path / "run", tasks=tasks)
+    tokenizer = TokenizerConfig(path=str(tmp_path / "vocab.txt"), context_length=16)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, text=text),
+        data=dataclasses.replace(config.data, tokenizer=tokenizer),
+    )
+    with pytest.raises(ConfigError, match=message):
+        train(config)
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
 def test_the_best_checkpoint(tmp_path):
