@@ -15,8 +15,15 @@ import pytest
 from PIL import Image
 
 from bvl.data.array_records import write_array_records
+from bvl.data.arrays import from_arrays
+from bvl.data.phantoms import Phantoms
+from bvl.data.pipeline import DataConfig, Pipeline
 from bvl.data.sources import RecordSet, Source
+from bvl.data.text import Tokenizer, TokenizerConfig
+from bvl.data.text_choice import text_id
+from bvl.data.transforms import Preprocess
 from bvl.errors import ConfigError, DataError, ImageError
+from bvl.evals.base import same_place
 
 
 def png(level, size=(8, 6)):
@@ -301,6 +308,45 @@ def test_a_tfds_set_in_another_format(tmp_path):
         RecordSet(Source(tfds="tiny_scans", root=str(tmp_path)))
 
 
+def test_worker_processes_read_every_format(tmp_path, prepared):
+    texts = [f"text {i}" for i in range(6)]
+    write_parquet(
+        tmp_path / "set.parquet", {"image": [png(i) for i in range(6)], "text": texts}, row_group_size=2
+    )
+    records = ({"id": str(i), "image": png(i), "caption": text} for i, text in enumerate(texts))
+    write_array_records(tmp_path / "set.arrayrecord", records)
+    sources = (
+        Source(name="a", root=str(tmp_path / "set.parquet"), split=None),
+        Source(name="b", root=str(tmp_path / "set.arrayrecord"), split=None),
+        Source(name="c", tfds="tiny_scans", root=prepared, split=None),
+        from_arrays(np.stack([np.full((6, 8), i, np.uint8) for i in range(6)]), texts, split=None),
+    )
+    pipeline = Pipeline(
+        DataConfig(train=sources, preprocess=Preprocess(image_size=4), workers=1),
+        sets=[RecordSet(source) for source in sources],
+        keys_of_tasks={"task": frozenset({"image", "text_id"})},
+        tokenizer=Tokenizer.train(texts, TokenizerConfig(vocab_size=60, context_length=8)),
+        classes=(),
+        batch_size=8,
+        seed=0,
+    )
+    stream = list(pipeline.batches(start=0, stop=4))
+    assert {int(source) for batch, _ in stream for source in batch["source"]} == {0, 1, 2, 3}
+    pipeline.config = dataclasses.replace(pipeline.config, workers=0)
+    for (batch, bad), (again, _) in zip(stream, pipeline.batches(start=0, stop=4), strict=True):
+        assert not bad
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], again[key])
+        expected = [text_id(f"text {image.flat[0]}") for image in batch["image"]]
+        assert batch["text_id"][:, 0].tolist() == expected
+
+
+def test_sources_at_one_place():
+    train, held = Source(tfds="a:1.0.0"), Source(tfds="a:1.0.0", split="val", text="findings")
+    assert same_place(train, held) and not same_place(train, Source(tfds="b:1.0.0"))
+    assert not same_place(Source(), Source()) and not same_place(train, Source(root="a"))
+
+
 def test_importing_needs_none_of_the_packages():
     code = (
         "import bvl.data.pipeline, sys\n"
@@ -310,7 +356,8 @@ def test_importing_needs_none_of_the_packages():
 
 
 def test_one_place_only():
-    for options in ({"root": "x", "phantoms": None, "arrays": None, "tfds_fields": {"caption": "x"}},):
-        with pytest.raises(ConfigError, match="tfds_fields belongs to tfds="):
-            Source(**options)
+    with pytest.raises(ConfigError, match="tfds_fields belongs to tfds="):
+        Source(root="x", tfds_fields={"caption": "x"})
+    with pytest.raises(ConfigError, match="phantoms or tfds, not both"):
+        Source(phantoms=Phantoms(num_patients=3), tfds="a")
     assert Source(tfds="a/b:1.0.0").label == "a_b" and Source(tfds="a").at_root("r") == Source(tfds="a")
