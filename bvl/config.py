@@ -79,6 +79,8 @@ class LogConfig:
 
     every: int = 50
     tensorboard: bool = True
+    # Norms of gradients, updates and parameters by group, "grad_norm/<group>" and so on.
+    norms: bool = True
     # A project of Weights & Biases that gets the rows too.
     wandb: str | None = None
     # "10:15": a profiler trace of the steps 10 to 15 into the run folder's profile/.
@@ -278,7 +280,9 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines "key: old -> new" for every key that differs and may not."""
+    """Lines "key: old -> new" for every key that differs and may not; what `old` does not know has its default there."""
+    with contextlib.suppress(ConfigError):  # of a version whose configs can no longer be read
+        old = to_dict(from_dict({k: v for k, v in old.items() if k != "format_version"}))
     old, new = flatten(old), flatten(new)
     lines = []
     for key in sorted(old.keys() | new.keys()):

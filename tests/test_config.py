@@ -94,6 +94,10 @@ def config():
         ("workdir=007", "007"),
         ("data.tokenizer.path=true", "true"),
         ("optim.lr=3e-4", 3e-4),
+        ("log.profile=10:15", "10:15"),
+        ("log.peak_flops=989e12", 989e12),
+        ("log.wandb=2024", "2024"),
+        ("eval.stop_metric=retrieval_x/t2i_r10", "retrieval_x/t2i_r10"),
     ],
 )
 def test_override(config, override, expected):
@@ -135,6 +139,13 @@ def test_a_whole_entry_by_its_fields(config):
         ("seed=-1", ["seed=-1", "at least 0"]),
         ("checkpoint.keep=0", ["checkpoint.keep", "at least 1"]),
         ("log.every=-1", ["every=-1", "at least 0"]),
+        ("log.profile=10", ["profile='10'", "the first and the last step", "10:15"]),
+        ("log.profile=15:10", ["15:10"]),
+        ("log.profile=0:3", ["0:3"]),
+        ("log.peak_flops=0", ["peak_flops", "above 0"]),
+        ("eval.stop_patience=0", ["stop_patience=0", "at least 1"]),
+        ("eval.stop_min_delta=-1", ["stop_min_delta", "at least 0"]),
+        ("eval.stop_mode=maximum", ["stop_mode", "did you mean 'max'"]),
         ("optim.lr=fast", ["optim.lr='fast' is not"]),
         ("model.image.pool=max", ["'max' is not one of 'cls', 'mean', 'map'", "'map'"]),
         ("data.train.2.weight=1", ["data.train.2", "2 entries"]),
@@ -292,6 +303,17 @@ def test_a_config_file_may_define_its_own_types(tmp_path):
     )
     config = load_config(spec, ["tasks.mine.strength=2", "tasks.mine.weight=3"])
     assert (config.tasks["mine"].strength, config.tasks["mine"].weight) == (2.0, 3.0)
+
+
+def test_the_config_of_an_old_run():
+    """Keys that came later have their defaults; `old_run.json` is never written anew."""
+    old = load_dump(ROOT / "tests" / "golden" / "old_run.json")
+    now = load_config(str(ROOT / "configs" / "quickstart.py"))
+    assert (old.steps, old.model.image.variant) == (now.steps, now.model.image.variant)
+    assert (old.log.profile, old.log.peak_flops, old.eval.stop_metric) == (None, None, None)
+    assert (
+        difference(json.loads((ROOT / "tests" / "golden" / "old_run.json").read_text()), to_dict(old)) == []
+    )
 
 
 # --- The configs that come with bvl -----------------------------------------------------------------------

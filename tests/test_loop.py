@@ -23,6 +23,7 @@ from tiny_run import (
     tiny_config,
 )
 
+import bvl
 from bvl.config import CheckpointConfig, EvalConfig, LogConfig
 from bvl.data.phantoms import MODALITY_PROMPTS
 from bvl.data.pipeline import DataConfig
@@ -36,7 +37,7 @@ from bvl.runs import RunFolder, load_components
 from bvl.tasks.classify import Classify
 from bvl.tasks.contrastive import Contrastive
 from bvl.train.bad_records import BadRecords
-from bvl.train.loop import TrainingFailed, train
+from bvl.train.loop import TrainingFailed, _add, _means, train
 from bvl.train.optim import OptimConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -55,8 +56,41 @@ def test_rows_of_the_metrics(first_run):
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert {"loss/total", "loss/contrastive", "grad_norm", "lr", "contrastive/scale"} <= rows[0].keys()
     assert rows[0]["contrastive/pairs"] == 8.0
-    times = json.loads((first_run / "metrics.jsonl").read_text().splitlines()[0])
-    assert times["time/examples_per_s"] > 0 and 0 <= times["time/data_wait_share"] <= 1
+    groups = ("image", "text", "projections", "logits")
+    norms = {f"{kind}_norm/{group}" for kind in ("grad", "update", "param") for group in groups}
+    assert norms <= rows[0].keys()
+    whole = np.sqrt(sum(rows[-1][f"grad_norm/{group}"] ** 2 for group in groups))
+    # Means over two steps: the norm of the means differs a little from the mean of the norms.
+    np.testing.assert_allclose(whole, rows[-1]["grad_norm"], rtol=0.05)
+    rows = list(map(json.loads, (first_run / "metrics.jsonl").read_text().splitlines()))
+    assert all(row["time/examples_per_s"] > 0 and 0 <= row["time/data_wait_share"] <= 1 for row in rows)
+    assert rows[0]["time/compile_s"] > 0 and rows[0]["time/host_memory_gb"] > 0.01
+    flops = [row["time/flops_per_s"] * row["time/step_s"] for row in rows]
+    # The towers' matrix products, three times for forward and backward, on 8 images of 4 patches and 8 texts of 16.
+    products = 2 * 12 * 32**2 * 8 * (4 + 16) * 3
+    assert flops == pytest.approx(3 * flops[:1]) and products < flops[0] < 1.5 * products
+    assert not any("time/peak_share" in row for row in rows)
+
+
+def test_the_share_of_a_stated_peak(tmp_path):
+    log = LogConfig(every=0, tensorboard=False, peak_flops=1e9)
+    assert train(tiny_config(tmp_path / "run", steps=3, log=log)) == 0
+    (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert row["time/peak_share"] == pytest.approx(row["time/flops_per_s"] / 1e9)
+
+
+def test_norms_can_be_left_out_of_a_resumed_run(tmp_path):
+    """Between two rows too: the row then holds the means of the steps that had them."""
+    config = tiny_config(tmp_path / "run", steps=4)
+    with stopped_at(3):
+        assert train(config) == 130
+    assert train(dataclasses.replace(config, log=LogConfig(every=2, tensorboard=False, norms=False))) == 0
+    first, second = metric_rows(tmp_path / "run")
+    assert first.keys() == second.keys()
+    assert (
+        train(dataclasses.replace(tiny_config(tmp_path / "none", steps=3), log=LogConfig(norms=False))) == 0
+    )
+    assert not [key for key in metric_rows(tmp_path / "none")[0] if "_norm/" in key]
 
 
 def test_every_0_means_only_at_the_end(first_run, tmp_path):
@@ -251,7 +285,7 @@ def test_no_readable_record(tmp_path):
 
 def test_init_from(first_run, tmp_path):
     """The parameters are those of the other run, the step is 0 and the optimiser is fresh."""
-    frozen = OptimConfig(name="sgd", lr=1.0, warmup_steps=0, freeze=(".*",), clip_norm=None)
+    frozen = OptimConfig(name="sgd", lr=1e-30, warmup_steps=0, freeze=("^(?!model/log_scale)",))
     config = tiny_config(tmp_path / "run", steps=1, init_from=str(first_run), optim=frozen, seed=3)
     assert train(config) == 0
     there, here = saved_items(first_run), saved_items(tmp_path / "run")
@@ -412,6 +446,70 @@ def test_every_evaluation_stands_in_a_row(tmp_path):
     assert_same_runs(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_a_run_stops_early(tmp_path, caplog):
+    """With the evaluation and the checkpoint of its end, in the same place after a resume, and for good."""
+    best = dict(every=3, best="zero/accuracy")
+    for name in ("whole", "parts"):
+        # No improvement is large enough: the second and the third evaluation end it.
+        config = evaluated(tmp_path / name, **best)
+        stop = dict(stop_metric="zero/accuracy", stop_patience=2, stop_min_delta=1.0)
+        config = dataclasses.replace(config, steps=20, eval=dataclasses.replace(config.eval, **stop))
+        if name == "parts":
+            with stopped_at(5):
+                assert train(config) == 130
+        with caplog.at_level("INFO", "bvl"):
+            assert train(config) == 0
+        assert "stopped early at step 6 of 20: zero/accuracy was best at step 2" in caplog.text
+        caplog.clear()
+    assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+    rows = metric_rows(tmp_path / "whole")
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    final = json.loads((tmp_path / "whole" / "eval.json").read_text())
+    assert rows[-1]["eval/zero/accuracy"] == final["zero/accuracy"]
+    assert load_components(tmp_path / "whole", checkpoint="best").step in (2, 4, 6)
+    with caplog.at_level("INFO", "bvl"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bvl.train.loop._Loop.run_to_end", lambda *_: pytest.fail("it trained on"))
+        assert train(config) == 0
+    assert "stands at step 6 of 20" in caplog.text and "stopped early: zero/accuracy" in caplog.text
+    # More patience, and it goes on.
+    patient = dataclasses.replace(config, eval=dataclasses.replace(config.eval, stop_patience=3))
+    assert train(patient) == 0
+    assert metric_rows(tmp_path / "parts")[-1]["step"] == 8
+
+
+def test_stop_metric_must_exist(tmp_path):
+    config = evaluated(tmp_path / "run", every=0)
+    for metric, error in (
+        ("acc", "eval.stop_metric='acc' is no metric of an evaluation suite; suites are: zero"),
+        ("zero/acuracy", "stop_metric='zero/acuracy' is no metric.*step 2; nearest is 'zero/accuracy'"),
+    ):
+        wrong = dataclasses.replace(config, eval=dataclasses.replace(config.eval, stop_metric=metric))
+        with pytest.raises(ConfigError, match=error):
+            train(wrong)
+    rare = dataclasses.replace(config.eval, stop_metric="zero/accuracy", every=0)
+    with pytest.raises(ConfigError, match="needs evaluations during training: set eval.every"):
+        train(dataclasses.replace(config, eval=rare))
+
+
+def test_the_average_is_what_is_evaluated_and_loaded(tmp_path):
+    """By the suites, as the best checkpoint and by bvl.load; with use_ema=false it is the parameters themselves."""
+    optim = OptimConfig(lr=3e-3, warmup_steps=2, ema_decay=0.9)
+    seen = {}
+    for use_ema in (True, False):
+        run = tmp_path / str(use_ema)
+        config = dataclasses.replace(evaluated(run, every=0, best="zero/accuracy"), optim=optim)
+        assert train(dataclasses.replace(config, eval=dataclasses.replace(config.eval, use_ema=use_ema))) == 0
+        loaded = load_components(run, checkpoint="best")
+        items = saved_items(run, loaded.step)
+        assert_same_trees(jax.tree.map(np.asarray, loaded.params), items["ema" if use_ema else "params"])
+        final = bvl.load(run).components
+        provenance = json.loads((run / "eval.json").read_text())["zero/provenance"]
+        assert provenance["weights_hash"] == final.weights_hash() and provenance["step"] == final.step == 6
+        seen[use_ema] = final.weights_hash(), saved_items(run)
+    assert seen[True][0] != seen[False][0]
+    assert_same_trees(seen[True][1], seen[False][1])
+
+
 def test_best_is_misspelt(tmp_path):
     with pytest.raises(
         ConfigError, match="best='zero/acuracy' is no metric.*step 2; nearest is 'zero/accuracy'"
@@ -427,6 +525,42 @@ def test_parameters_that_are_no_numbers_are_not_evaluated(tmp_path, monkeypatch)
     config = dataclasses.replace(evaluated(tmp_path / "run"), optim=optim, log=LogConfig(every=0))
     with pytest.raises(TrainingFailed):
         train(config)
+
+
+def traces(run):
+    return list((run / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_of_some_steps(tmp_path, first_run, caplog):
+    """Also where a start goes on in their midst; it changes nothing but the folder."""
+    config = tiny_config(tmp_path / "run", log=LogConfig(every=2, tensorboard=False, profile="3:4"))
+    with stopped_at(3):
+        assert train(config) == 130
+    assert len(traces(tmp_path / "run")) == 1
+    shutil.rmtree(tmp_path / "run" / "profile")
+    assert train(config) == 0
+    assert len(traces(tmp_path / "run")) == 1
+    assert_same_runs(tmp_path / "run", first_run)
+
+
+def test_a_trace_of_steps_that_do_not_come(tmp_path, caplog):
+    config = tiny_config(tmp_path / "run", steps=3)
+    with pytest.raises(ConfigError, match="log.profile=2:4 goes beyond the last step, steps=3"):
+        train(dataclasses.replace(config, log=LogConfig(profile="2:4")))
+    with stopped_at(2):
+        assert train(config) == 130
+    assert train(dataclasses.replace(config, log=LogConfig(tensorboard=False, profile="1:2"))) == 0
+    assert "log.profile=1:2: training goes on after step 2" in caplog.text
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_sums_of_a_start_that_logged_other_names():
+    earlier = {"step": {"loss": np.float32([3, 1]), "old": np.float32([1, 1])}, "tasks": {}}
+    later = {
+        "step": {"loss": np.float32([5, 1]), "new": np.float32([4, 2])},
+        "tasks": {"a": {"x": np.ones(2)}},
+    }
+    assert _means(_add(earlier, later)) == {"loss/total": 4.0, "old": 1.0, "new": 2.0, "a/x": 1.0}
 
 
 def test_sigmoid_needs_a_bias(tmp_path):
@@ -446,7 +580,7 @@ def test_one_unreadable_record_is_always_allowed(tmp_path):
 
 def test_init_from_at_another_image_size(first_run, tmp_path):
     """The positions are resampled, everything else is the same."""
-    frozen = OptimConfig(name="sgd", lr=1.0, warmup_steps=0, freeze=(".*",), clip_norm=None)
+    frozen = OptimConfig(name="sgd", lr=1e-30, warmup_steps=0, freeze=("^(?!model/log_scale)",))
     config = tiny_config(tmp_path / "run", steps=1, init_from=str(first_run), optim=frozen)
     data = dataclasses.replace(config.data, preprocess=Preprocess(image_size=48))
     assert train(dataclasses.replace(config, data=data)) == 0

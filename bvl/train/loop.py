@@ -27,6 +27,7 @@ from bvl.train.environment import describe_environment, enable_compilation_cache
 from bvl.train.metrics_log import MetricsLog, ProgressLines
 from bvl.train.optim import make_schedule
 from bvl.train.profile import StepTrace
+from bvl.train.program import TrainState
 from bvl.train.setup import (
     Data,
     build_program,
@@ -39,7 +40,7 @@ from bvl.train.setup import (
     plan_state,
     prepare_data,
 )
-from bvl.train.step import TrainState, make_train_step
+from bvl.train.step import check_accumulation, make_train_step
 from bvl.train.survive import stop_on_signals
 from bvl.train.timing import CountedStep, Timing
 from bvl.train.wandb_log import WandbLog, import_wandb
@@ -76,6 +77,7 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh, jax.process_count())
+    check_accumulation(config.optim.accumulate, config.tasks, config.batch_size, mesh)
     if config.log.wandb is not None:
         import_wandb()  # only to fail now where there is none
     trace = StepTrace(config.log.profile_steps, run.path / "profile", last_step=config.steps)

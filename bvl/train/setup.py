@@ -33,7 +33,7 @@ from bvl.runs import (
 )
 from bvl.tasks.base import ModelInfo
 from bvl.train.optim import make_optimizer
-from bvl.train.step import Program, TrainState
+from bvl.train.program import Program, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +198,7 @@ def build_program(config: Config, data: Data, frozen: dict[str, Components], mes
         seed=config.seed,
         ema_decay=config.optim.ema_decay,
         frozen={name: (c.model, c.preprocess) for name, c in frozen.items()},
+        group_norms=config.log.norms,
     )
 
 
@@ -245,18 +246,25 @@ def _restore(items: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
 
 
 def _at_image_size(start_from: Components, config: Config) -> Any:
-    """The model's parameters of another run, with the image positions resampled to this run's grid of patches."""
+    """The model's parameters of another run, with the image positions resampled to this run's grid."""
     params = start_from.params["model"]
-    towers = [(c.model.image, c.data.preprocess.height_width) for c in (start_from.config, config)]
-    # A convolutional tower has no positions on a grid of patches and reads any size.
-    if "positions" not in params["image"] or not all(hasattr(tower, "patch_grid") for tower, _ in towers):
+    grids = [_grid(c) for c in (start_from.config, config)]
+    is_positions = lambda path: path[-1].key == "positions"  # noqa: E731
+    found = [p for p, _ in jax.tree_util.tree_leaves_with_path(params["image"]) if is_positions(p)]
+    if grids[0] == grids[1] or not found:
         return params
-    grids = [tower.patch_grid(size) for tower, size in towers]
-    if grids[0] == grids[1]:
-        return params
-    positions = resize_positions(params["image"]["positions"], *grids)
     logger.info("image positions resampled from a grid of %s to %s", *grids)
-    return {**params, "image": {**params["image"], "positions": positions}}
+    image = jax.tree_util.tree_map_with_path(
+        lambda path, x: resize_positions(x, *grids) if is_positions(path) else x, params["image"]
+    )
+    return {**params, "image": image}
+
+
+def _grid(config: Config) -> tuple[int, int]:
+    """Rows and columns of the image tower's last feature map, which its positions are made for."""
+    tower = config.model.image
+    grid = tower.grid if hasattr(tower, "grid") else tower.patch_grid
+    return grid(config.data.preprocess.height_width)
 
 
 def first_state(
