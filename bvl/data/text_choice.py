@@ -35,14 +35,14 @@ class TextChoice:
     An option is the name of a field, which holds one string or a list of alternatives, or a template such as
     "{modality} of the {organ}" over the record's fields, lists in it joined by commas. Options that want a field
     which is null or empty in a record are left out and the rest renormalised (BioCLIP draws its types of text this
-    way: Stevens et al. 2024, arXiv:2311.18803, section 3).
+    way: Stevens et al. 2024, arXiv:2311.18803).
 
     templates: forms of the option "labels"; each holds "{}", which is filled with the labels, comma-separated.
     descriptions: label -> texts that say what it means; in training each label is replaced by one drawn at random,
       in evaluation by the first; one without stands for itself (FLAIR: Silva-Rodriguez et al. 2023,
-      arXiv:2308.07898, section 3.2).
+      arXiv:2308.07898).
     sentences: "one" trains on one random sentence instead of the whole text (ConVIRT: Zhang et al. 2020,
-      arXiv:2010.00747, section 2.2); evaluation always reads the whole text.
+      arXiv:2010.00747); evaluation always reads the whole text.
     """
 
     options: tuple[tuple[str, float], ...]
