@@ -17,6 +17,7 @@ from bvl.models.bert import BertConfig
 from bvl.models.dropout import RowKeys
 from bvl.models.features import ImageFeatures, TextFeatures
 from bvl.models.layers import Dense, gelu
+from bvl.models.resnet import ResNetConfig
 from bvl.models.text import TextConfig
 from bvl.models.vit import ViTConfig
 
@@ -36,7 +37,7 @@ class DualEncoderConfig:
     (CLIP: 0.07 and 100); `init_bias` is for the sigmoid loss (SigLIP: temperature 0.1, bias -10).
     """
 
-    image: ViTConfig = ViTConfig()
+    image: ViTConfig | ResNetConfig = ViTConfig()
     text: TextConfig | BertConfig = TextConfig()
     embed_dim: int = 512
     image_projection: Projection = "linear"
