@@ -37,6 +37,7 @@ from bvl.runs import RunFolder, load_components
 from bvl.tasks.classify import Classify
 from bvl.tasks.contrastive import Contrastive
 from bvl.train.bad_records import BadRecords
+from bvl.train.environment import describe_environment
 from bvl.train.loop import TrainingFailed, _add, _means, train
 from bvl.train.optim import OptimConfig
 
@@ -113,6 +114,13 @@ def test_a_complete_run_says_so(first_run, caplog, monkeypatch):
     with caplog.at_level("INFO", "bvl"):
         assert train(tiny_config(first_run)) == 0
     assert f"complete: {first_run} stands at step 6 of 6" in caplog.text
+
+
+def test_the_environment_of_a_start(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    told = describe_environment({"phantoms": {"CC0": 3}})
+    assert told["xla_flags"] == "--xla_gpu_deterministic_ops=true" and told["packages"]["jax"]
+    assert told["licences"] == {"phantoms": {"CC0": 3}}
 
 
 def test_another_config_is_refused_and_forced(first_run, tmp_path):

@@ -10,9 +10,14 @@ from bvl.train.timing import CompileClock, CountedStep, Timing, memory
 
 
 def test_a_counted_step_compiles_once_and_gives_its_memory_back():
-    compiled = []
+    compiled, traced = [], []
+
+    def product(x, y):
+        traced.append(x)
+        return x @ y, y
+
     listen = lambda event, *_, **__: compiled.append(event) if event == timing.COMPILATION[1] else None  # noqa: E731
-    step = CountedStep(jax.jit(lambda x, y: (x @ y, y), donate_argnums=0))
+    step = CountedStep(jax.jit(product, donate_argnums=0))
     x, y = jnp.ones((8, 8)), jnp.eye(8)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -21,7 +26,7 @@ def test_a_counted_step_compiles_once_and_gives_its_memory_back():
         step(out, y)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert step.flops == 2 * 8**3 and len(compiled) == 1
+    assert step.flops == 2 * 8**3 and len(compiled) == 1 and len(traced) == 1
     assert x.is_deleted() and out.is_deleted()
 
 

@@ -31,12 +31,14 @@ PACKAGES = (
 
 
 def describe_environment(licences: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Versions, devices, revision, and the licences of every source with their counts."""
+    """Versions, devices, XLA's flags, revision, and the licences of every source with their counts."""
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        # What they say of determinism decides whether another run can repeat this one bit for bit.
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "revision": _revision(),
         "licences": licences,
     }
