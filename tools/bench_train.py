@@ -31,14 +31,48 @@ import time
 from pathlib import Path
 from typing import Any
 
-VOCAB_SIZE, CONTEXT_LENGTH, IMAGE_SIZE = 49408, 77, 224
+IMAGE_SIZE = 224
 
-# open_clip's name: image tower, then text tower and the width they share, as in open_clip's model of that name.
+CLIP_IMAGE = dict(pool="cls", pre_norm=True, patch_bias=False)
+# open_clip's name: options of the model, vocabulary and context as in open_clip's model of that name.
 MODELS: dict[str, dict[str, Any]] = {
-    "ViT-B-32": dict(image="B/32", text=dict(width=512, depth=12, num_heads=8), embed_dim=512),
-    "ViT-B-16": dict(image="B/16", text=dict(width=512, depth=12, num_heads=8), embed_dim=512),
-    "ViT-S-32": dict(image="S/32", text=dict(width=384, depth=12, num_heads=6), embed_dim=384),
+    "ViT-B-32": dict(
+        image=dict(variant="B/32", **CLIP_IMAGE), text=dict(width=512, depth=12, num_heads=8), embed_dim=512
+    ),
+    "ViT-B-16": dict(
+        image=dict(variant="B/16", **CLIP_IMAGE), text=dict(width=512, depth=12, num_heads=8), embed_dim=512
+    ),
+    "ViT-S-32": dict(
+        image=dict(variant="S/32", **CLIP_IMAGE), text=dict(width=384, depth=12, num_heads=6), embed_dim=384
+    ),
+    "RN50": dict(
+        image=dict(variant="RN50"),
+        text=dict(width=512, depth=12, num_heads=8),
+        embed_dim=1024,
+        image_projection="linear_bias",
+    ),
+    "ViT-B-16-SigLIP": dict(
+        image=dict(variant="B/16", pool="map", norm_epsilon=1e-6),
+        text=dict(
+            width=768,
+            depth=12,
+            num_heads=12,
+            causal=False,
+            pool="last",
+            attend_padding=True,
+            norm_epsilon=1e-6,
+        ),
+        embed_dim=768,
+        image_projection="none",
+        text_projection="linear_bias",
+        init_bias=-10.0,
+    ),
 }
+
+
+def vocabulary(name: str) -> tuple[int, int]:
+    """(vocabulary size, context length) of a model."""
+    return (32000, 64) if "SigLIP" in name else (49408, 77)
 
 
 def measure_bvl(name: str, batch_size: int, steps: int) -> dict[str, Any]:
@@ -48,6 +82,7 @@ def measure_bvl(name: str, batch_size: int, steps: int) -> dict[str, Any]:
 
     from bvl.data.transforms import Preprocess
     from bvl.mesh import init_sharded, make_mesh, to_global, unbox
+    from bvl.models.resnet import ResNetConfig
     from bvl.models.text import TextConfig
     from bvl.models.vit import ViTConfig
     from bvl.models.vlm import DualEncoder, DualEncoderConfig
@@ -55,21 +90,22 @@ def measure_bvl(name: str, batch_size: int, steps: int) -> dict[str, Any]:
     from bvl.tasks.contrastive import Contrastive
     from bvl.train.environment import enable_compilation_cache, keep_freed_memory
     from bvl.train.optim import OptimConfig, make_optimizer
-    from bvl.train.step import Program, make_train_step
+    from bvl.train.program import Program
+    from bvl.train.step import make_train_step
 
     # Both as `bvl train` does, before anything is computed.
     keep_freed_memory()
     enable_compilation_cache()
-    shape = MODELS[name]
+    options = dict(MODELS[name])
+    make_image = ResNetConfig if name.startswith("RN") else ViTConfig
     config = DualEncoderConfig(
-        image=ViTConfig(shape["image"], pool="cls", pre_norm=True),
-        text=TextConfig(**shape["text"]),
-        embed_dim=shape["embed_dim"],
+        image=make_image(**options.pop("image")), text=TextConfig(**options.pop("text")), **options
     )
     mesh = make_mesh()
-    end_id = VOCAB_SIZE - 1
+    vocab_size, context_length = vocabulary(name)
+    end_id = vocab_size - 1
     program = Program(
-        model=DualEncoder(config, (IMAGE_SIZE, IMAGE_SIZE), VOCAB_SIZE, CONTEXT_LENGTH, end_id),
+        model=DualEncoder(config, (IMAGE_SIZE, IMAGE_SIZE), vocab_size, context_length, end_id),
         preprocess=Preprocess(image_size=IMAGE_SIZE),
         tasks={"contrastive": Contrastive(targets="diagonal")},
         info=ModelInfo(config.image.output_width, config.text.width, config.embed_dim, ()),
@@ -85,7 +121,7 @@ def measure_bvl(name: str, batch_size: int, steps: int) -> dict[str, Any]:
     step = make_train_step(program, optimizer, shardings)
 
     rng = np.random.default_rng(0)
-    tokens = rng.integers(1, end_id - 1, (batch_size, 1, CONTEXT_LENGTH), np.int32)
+    tokens = rng.integers(1, end_id - 1, (batch_size, 1, context_length), np.int32)
     tokens[:, :, -1] = end_id
     batch = to_global(
         {
@@ -110,7 +146,11 @@ def measure_bvl(name: str, batch_size: int, steps: int) -> dict[str, Any]:
         "model": name,
         "batch": batch_size,
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "params": sum(x.size for x in jax.tree.leaves(state.params)),
+        "params": sum(
+            x.size
+            for path, x in jax.tree_util.tree_leaves_with_path(state.params)
+            if "running_" not in jax.tree_util.keystr(path)
+        ),
         "device": jax.devices()[0].device_kind,
         "first_step_s": seconds[0],
         "median_s": statistics.median(seconds[1:]),
