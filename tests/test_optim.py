@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.errors import ConfigError
 from bvl.mesh import MeshConfig, make_mesh, shardings_of, unbox
 from bvl.models.layers import Stack
 from bvl.train.optim import OptimConfig, make_optimizer, make_schedule
 from bvl.train.parameters import merge, parameter_name
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 NAMES = (
     "adamw",

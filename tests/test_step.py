@@ -95,14 +95,19 @@ def make_program(
     )
 
 
-def start(program, optim=SGD, init_seed=0):
-    """(state, step function over numpy batches) of a program."""
+def build(program, optim=SGD, init_seed=0):
+    """(state, jitted step, optimizer) of a program."""
     key = jax.random.key(init_seed)
     optimizer = make_optimizer(optim, 100, unbox(jax.eval_shape(program.init_params, key)))
     state, shardings = init_sharded(
         functools.partial(program.init_state, optimizer=optimizer), program.mesh, key
     )
-    compiled = make_train_step(program, optimizer, shardings)
+    return state, make_train_step(program, optimizer, shardings), optimizer
+
+
+def start(program, **options):
+    """(state, step function over numpy batches) of a program."""
+    state, compiled, _ = build(program, **options)
     return state, lambda state, batch, frozen={}: compiled(state, frozen, to_global(batch, program.mesh))  # noqa: B006
 
 
@@ -315,11 +320,7 @@ def test_a_frozen_tower_costs_no_gradient_and_no_state():
     program = make_program({"pairs": TASKS["pairs"]}, text={"dropout": 0.5}, ema_decay=0.5)
     flops = {}
     for optim in (dataclasses.replace(FREEZE_TEXT, freeze=()), FREEZE_TEXT):
-        optimizer = make_optimizer(optim, 100, unbox(jax.eval_shape(program.init_params, jax.random.key(0))))
-        state, shardings = init_sharded(
-            functools.partial(program.init_state, optimizer=optimizer), program.mesh, jax.random.key(0)
-        )
-        compiled = make_train_step(program, optimizer, shardings)
+        state, compiled, optimizer = build(program, optim)
         batch = to_global(data()[1][0], program.mesh)
         flops[optim.freeze] = compiled.lower(state, {}, batch).compile().cost_analysis()["flops"]
         shapes = named(state.params)
@@ -376,7 +377,7 @@ def test_microbatches_add_up_to_the_batch():
     batch = with_gaps(data()[1][0])
     results = {}
     for accumulate in (1, 4):
-        state, step = start(program, dataclasses.replace(SGD, lr=LARGE, accumulate=accumulate))
+        state, step = start(program, optim=dataclasses.replace(SGD, lr=LARGE, accumulate=accumulate))
         before = named(state.params)
         state, metrics = step(state, batch)
         gradient = {name: (before[name] - x) / LARGE for name, x in named(state.params).items()}
@@ -400,7 +401,7 @@ def test_microbatches_add_up_to_the_batch():
     ],
 )
 def test_batches_that_cannot_be_split(tasks, accumulate, message):
-    state, step = start(make_program(tasks), dataclasses.replace(SGD, accumulate=accumulate))
+    state, step = start(make_program(tasks), optim=dataclasses.replace(SGD, accumulate=accumulate))
     with pytest.raises(ConfigError, match=message):
         step(state, data()[1][0])
 
@@ -461,7 +462,7 @@ def test_statistics_of_batch_norms(accumulate):
     tower = BatchNormTower()
     program = make_program({"labels": TASKS["labels"]}, image=tower, ema_decay=0.5)
     optim = dataclasses.replace(SGD, name="adamw", weight_decay=0.5, accumulate=accumulate)
-    state, step = start(program, optim)
+    state, step = start(program, optim=optim)
     assert not any("running" in name for name in named(jax.tree.map(np.asarray, state.opt_state)))
     state, _ = step(state, data()[1][0])
     pixels = np.asarray(data()[1][0]["image"], np.float64) / 255.0
@@ -480,7 +481,7 @@ def test_statistics_of_batch_norms(accumulate):
 
 def test_norms_by_group():
     program = make_program(TASKS, group_norms=True)
-    state, step = start(program, dataclasses.replace(SGD, freeze=("^model/text/",)))
+    state, step = start(program, optim=dataclasses.replace(SGD, freeze=("^model/text/",)))
     before = named(state.params)
     state, metrics = step(state, data()[1][0])
     norms = {name: float(total) for name, (total, count) in metrics["step"].items() if count == 1}
@@ -506,11 +507,10 @@ def test_a_schedule_free_average_is_what_is_evaluated():
     """`ema` holds the optimiser's average x = (y - (1 - b1) z) / b1 and not the parameters y of the gradient."""
     program = make_program({"labels": TASKS["labels"]})
     optim = dataclasses.replace(SGD, name="contrib.schedule_free_adamw", lr=1e-2, freeze=("^model/text/",))
-    optimizer = make_optimizer(optim, 100, unbox(jax.eval_shape(program.init_params, jax.random.key(0))))
-    state, step = start(program, optim)
+    state, compiled, optimizer = build(program, optim)
     assert_same_trees(jax.tree.map(np.asarray, state.ema), jax.tree.map(np.asarray, state.params))
     for batch in data()[1][:2]:
-        state, _ = step(state, batch)
+        state, _ = compiled(state, {}, to_global(batch, program.mesh))
     average, params = named(state.ema), named(state.params)
     assert_close(average, named(optimizer.eval_params(state.opt_state, state.params)))
     name = "model/image/patch_embed/kernel"

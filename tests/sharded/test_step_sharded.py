@@ -1,11 +1,25 @@
 """One training step of three tasks: the same on one device and on meshes of eight."""
 
+import dataclasses
+import re
+
 import jax
 import numpy as np
 import pytest
-from test_step import SGD, TASKS, data, fast_compilation, make_program, one_device, start  # noqa: F401
+from test_step import (
+    LARGE,
+    SGD,
+    TASKS,
+    build,
+    data,
+    fast_compilation,  # noqa: F401
+    make_program,
+    one_device,
+    start,
+)
 
-from bvl.mesh import MeshConfig, make_mesh
+from bvl.errors import ConfigError
+from bvl.mesh import MeshConfig, make_mesh, to_global
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -45,3 +59,32 @@ def test_a_step_on_eight_devices(shape, expected):
     assert kernel.addressable_shards[0].data.size * parts == kernel.size, (
         "parameters are split as the mesh says"
     )
+
+
+def microbatched_step(mesh):
+    """(metrics, gradient, compiled program's text) of a step in two microbatches, with dropout and a frozen tower."""
+    program = make_program({"labels": TASKS["labels"]}, mesh=mesh, image={"dropout": 0.3})
+    optim = dataclasses.replace(SGD, lr=LARGE, accumulate=2, freeze=("^model/text/",))
+    state, step, _ = build(program, optim=optim)
+    batch = to_global(data()[1][0], mesh)
+    compiled = step.lower(state, {}, batch).compile()
+    before = jax.tree.map(np.asarray, state.params)
+    state, metrics = compiled(state, {}, batch)
+    gradient = jax.tree.map(lambda b, a: (b - np.asarray(a)) / LARGE, before, state.params)
+    return jax.tree.map(np.asarray, metrics), gradient, compiled.as_text()
+
+
+def test_microbatches_on_eight_devices():
+    """The same as on one device, masks included, and no row of pixels leaves its device."""
+    expected = microbatched_step(one_device())
+    metrics, gradient, text = microbatched_step(make_mesh(MeshConfig((2, 2, 2))))
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(expected[1]))
+    assert_close(metrics, expected[0], 0.0)
+    assert_close(gradient, expected[1], largest)
+    moved = re.findall(r"= u8\[[\d,]*\]\S* (?:all-gather|all-to-all|collective-permute)", text)
+    assert not moved, moved
+
+
+def test_microbatches_smaller_than_the_mesh():
+    with pytest.raises(ConfigError, match="batch_size=8 cannot be split.*use a multiple of 16"):
+        microbatched_step(make_mesh(MeshConfig((8, 1, 1))))
