@@ -314,6 +314,10 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, components):
     assert result.metrics["num_images"] == 5
     assert [e["id"] for e in result.provenance["unreadable"]] == ["r2"]
     assert [e["id"] for e in result.per_example] == ["r0", "r1", "r3", "r4", "r5"]
+    with_head = tiny_components(classes=("Cat", "big_Dog"))
+    by_head = run(Supervised(source=Source(root=root, split=None)), with_head)
+    assert [e["id"] for e in by_head.provenance["unreadable"]] == ["r2"]
+    assert [e["id"] for e in by_head.per_example] == [e["id"] for e in result.per_example]
     for file in (tmp_path / "a").glob("*.png"):
         file.write_bytes(b"")
     with pytest.raises(DataError, match="none of its 6 images can be read"):
@@ -375,7 +379,8 @@ def test_linear_probe_refuses_what_cannot_be_fitted(tmp_path):
 
 def test_supervised_reads_the_trained_head(components, records):
     result = run(Supervised(source=ALL), components)
-    scores = classify.predict(components, [r["image"] for r in records], "classify")
+    encoded = components.encode_images([r["image"] for r in records], frozenset({"pooled"}), 16)
+    scores = classify.predict(components, np.concatenate([f.pooled for f in encoded]), "classify")
     labels = np.array([[c in r["labels"] for c in CLASSES] for r in records])
     valid = np.array([[c in FINDINGS[r["modality"]] for c in CLASSES] for r in records])
     assert result.metrics["auroc_macro"] == pytest.approx(macro_auroc(scores, labels, valid).value)
@@ -404,6 +409,10 @@ def test_images_are_decoded_once_for_all_suites(components, monkeypatch):
         "zeroshot_x": ZeroShot(source=ALL, by="modality", prompts=MODALITY_PROMPTS),
     }
     evaluate(components, suites, batch_size=16)
+    assert sorted(loads) == list(range(len(RecordSet(ALL))))
+    loads.clear()
+    heads = {"probe": LinearProbe(train=ALL, test=ALL, by="modality", l2=(1.0,))}
+    evaluate(components, heads | {"head": Supervised(source=ALL)}, batch_size=16)
     assert sorted(loads) == list(range(len(RecordSet(ALL))))
 
 

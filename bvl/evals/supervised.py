@@ -7,11 +7,10 @@ import dataclasses
 import numpy as np
 
 from bvl.data.sources import Source
-from bvl.errors import DataError, ImageError
-from bvl.evals.base import Cache, EvalResult, Suite, describe, load_pixels, provenance
+from bvl.evals.base import Cache, EvalResult, Suite, encode_records, provenance
 from bvl.evals.classification import judge, label_table
 from bvl.runs import Components
-from bvl.tasks.classify import predict
+from bvl.tasks.classify import predict, trained_task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,27 +29,14 @@ class Supervised(Suite):
 
     def run(self, components: Components, *, batch_size: int, cache: Cache | None = None) -> EvalResult:
         record_set = self.opened()
-        # Fails first for a run without this task.
-        predict(components, [], self.task, batch_size=batch_size)
-        multi_label = components.config.tasks[self.task].multi_label
+        multi_label = trained_task(components, self.task).multi_label
         table = label_table(
             record_set, by="labels", multi_label=multi_label, classes=components.classes, skip_unknown=True
         )
-        kept, unreadable = [], []
-
-        def readable():
-            for index, pixels in load_pixels(components, record_set, table.indices):
-                if isinstance(pixels, ImageError):
-                    unreadable.append({"id": record_set.describe(index)["id"], "error": str(pixels)})
-                else:
-                    kept.append(index)
-                    yield pixels
-
-        scores = predict(components, readable(), self.task, batch_size=batch_size).astype(np.float64)
-        if not kept:
-            raise DataError(
-                f"{describe(record_set)}: no image can be read; the first: {unreadable[0]['error']}"
-            )
+        pooled, kept, unreadable = encode_records(
+            components, record_set, table.indices, need="pooled", batch_size=batch_size, cache=cache
+        )
+        scores = predict(components, pooled, self.task).astype(np.float64)
         found, per_example = judge(record_set, table, kept, scores, by="labels", multi_label=multi_label)
         return EvalResult(
             found.metrics,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -86,23 +85,24 @@ class Classify(Task):
         return jnp.asarray([self.class_weights.get(name, 1.0) for name in info.classes], jnp.float32)
 
 
-def predict(
-    components: Components, images: Iterable[Any], task_name: str, *, batch_size: int = 64
-) -> Float[np.ndarray, "n c"]:
-    """Class probabilities of images by the trained head of the task `task_name`; columns are `components.classes`.
-
-    Raises ConfigError if the run has no such task.
-    """
-    task = components.config.tasks.get(task_name)
+def trained_task(components: Components, name: str) -> Classify:
+    """The run's task `name`; ConfigError if it has no such task of type Classify."""
+    task = components.config.tasks.get(name)
     if not isinstance(task, Classify):
         raise ConfigError(
-            f"the run has no task {task_name!r} of type Classify; it has {', '.join(components.config.tasks)}"
+            f"the run has no task {name!r} of type Classify; it has {', '.join(components.config.tasks)}"
         )
+    return task
+
+
+def predict(
+    components: Components, pooled: Float[np.ndarray, "n d"], task_name: str
+) -> Float[np.ndarray, "n c"]:
+    """Class probabilities by the trained head of the task `task_name`; columns are `components.classes`.
+
+    pooled: the image tower's pooled features. Raises ConfigError if the run has no such task.
+    """
+    squash = jax.nn.sigmoid if trained_task(components, task_name).multi_label else jax.nn.softmax
     head = components.params["heads"][task_name]["linear"]
     module = Dense(len(components.classes), names=("embed", "classes"))
-    squash = jax.nn.sigmoid if task.multi_label else jax.nn.softmax
-    parts = [
-        np.asarray(squash(module.apply({"params": head}, features.pooled)))
-        for features in components.encode_images(images, frozenset({"pooled"}), batch_size)
-    ]
-    return np.concatenate(parts) if parts else np.zeros((0, len(components.classes)), np.float32)
+    return np.asarray(squash(module.apply({"params": head}, jnp.asarray(pooled, jnp.float32))))
