@@ -75,13 +75,23 @@ def _parser() -> argparse.ArgumentParser:
                      "bvl eval runs/quickstart --data my_scans --split test")  # fmt: skip
     evaluate.add_argument("run_folder", metavar="RUN", help="run folder")
     evaluate.add_argument(
-        "--data", required=True, help="folder with records.jsonl or a CSV, or the file itself"
+        "--data",
+        required=True,
+        help="folder with records.jsonl, a CSV, Parquet or ArrayRecord files, or such a file itself",
     )
     evaluate.add_argument(
         "--split",
         help="split to read; default: test, else val (where the run held some out), else all records",
     )
     evaluate.add_argument("--name", help="name of the result, default: the folder's name")
+    evaluate.add_argument(
+        "--texts-per-image",
+        type=_positive_or_all,
+        default=1,
+        metavar="N|all",
+        help="texts of a record that retrieval reads, of the fields caption, alt_text, findings and impression "
+        "in this order (default 1)",
+    )
     _reading(evaluate)
 
     embed = _verb(verbs, "embed", _embed, "embed any number of images, and the texts of records, into an .npz",
@@ -94,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         "--out", required=True, help="the .npz to write: ids, image_embed [n, d] and, for records, text_embed"
     )
     embed.add_argument("--split", help="split of the records, default: all")
+    embed.add_argument(
+        "--long-texts",
+        choices=("cut", "chunks"),
+        default="cut",
+        help="texts beyond the model's context: read their beginning (cut, the default), or all of them in pieces "
+        "of whole sentences, whose embeddings are averaged (chunks)",
+    )
     _reading(embed)
 
     data = verbs.add_parser(
@@ -135,6 +152,12 @@ def _verb(verbs, name: str, run, text: str, example: str) -> argparse.ArgumentPa
 
 
 def _reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image-column", metavar="NAME", help="column of the records that holds the images")
+    parser.add_argument(
+        "--text-column",
+        metavar="NAME",
+        help="column that holds the texts; default of both: image and caption or text, else as in the training",
+    )
     parser.add_argument("--checkpoint", default="latest", help='"latest" (default), "best", or a step')
     parser.add_argument("--batch-size", type=_positive, default=64)
 
@@ -170,7 +193,15 @@ def _eval(args: argparse.Namespace) -> int:
     name = folder_name(args.data) if args.name is None else args.name
     check_name(name)
     components = load_components(args.run_folder, checkpoint=_checkpoint(args.checkpoint))
-    suites = suites_for(args.data, split=args.split, name=name, config=components.config)
+    suites = suites_for(
+        args.data,
+        split=args.split,
+        name=name,
+        config=components.config,
+        image_column=args.image_column,
+        text_column=args.text_column,
+        texts_per_image=args.texts_per_image,
+    )
     run = RunFolder(args.run_folder)
     metrics = write_eval(run, evaluate(components, suites, batch_size=args.batch_size), name=name)
     print_table(metrics)
@@ -179,15 +210,24 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _embed(args: argparse.Namespace) -> int:
+    from bvl.config import load_dump
     from bvl.evals.embed import embed_to_file, list_images
-    from bvl.runs import load_components
+    from bvl.runs import RunFolder, load_components
     from bvl.train.environment import enable_compilation_cache
 
     enable_compilation_cache()
-    records = list_images(args.images, split=args.split)
+    # Whatever is wrong with the images' places is said before the model is loaded.
+    dump = RunFolder(args.run_folder).config
+    items = list_images(
+        args.images,
+        split=args.split,
+        config=load_dump(dump) if dump.is_file() else None,
+        image_column=args.image_column,
+        text_column=args.text_column,
+    )
     components = load_components(args.run_folder, checkpoint=_checkpoint(args.checkpoint))
     out = Path(args.out)
-    done = embed_to_file(components, records, out, batch_size=args.batch_size)
+    done = embed_to_file(components, items, out, long_texts=args.long_texts, batch_size=args.batch_size)
     print(f"{done.count} images embedded: {out}")
     if done.skipped:
         print(
@@ -223,6 +263,10 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _positive_or_all(text: str) -> int | None:
+    return None if text == "all" else _positive(text)
 
 
 def _checkpoint(text: str) -> str | int:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -51,7 +52,9 @@ def test_help_ends_with_an_example(words, capsys):
         (["eval", "runs/x"], "--data"),
         (["eval", "runs/x", "--data", "x", "seed=3"], "seed=3"),
         (["eval", "runs/x", "--data", "x", "--batch-size", "0"], "--batch-size"),
+        (["eval", "runs/x", "--data", "x", "--texts-per-image", "0"], "--texts-per-image"),
         (["embed", "runs/x", "--out", "x.npz"], "IMAGES"),
+        (["embed", "runs/x", "x", "--out", "x.npz", "--long-texts", "whole"], "--long-texts"),
         (["data"], "WHAT"),
         (["data", "phantoms", "out", "--n", "-3"], "--n"),
         (["data", "phantoms", "out", "--n", "many"], "--n"),
@@ -97,13 +100,41 @@ def test_a_bad_name_is_refused_before_anything_is_loaded(tmp_path, capsys):
     assert "evaluation name 'a/b'" in capsys.readouterr().err
 
 
+def test_options_reach_what_reads_the_records(tmp_path, monkeypatch):
+    (tmp_path / "records.jsonl").write_text("{}")
+    monkeypatch.setattr("bvl.train.environment.enable_compilation_cache", lambda: None)
+    monkeypatch.setattr("bvl.runs.load_components", lambda *args, **options: SimpleNamespace(config="config"))
+    calls = {}
+
+    def record(name, result):
+        def called(*args, **options):
+            calls[name] = options
+            if result is None:
+                raise DataError("enough")
+            return result
+
+        return called
+
+    monkeypatch.setattr("bvl.evals.folder.suites_for", record("eval", None))
+    monkeypatch.setattr("bvl.evals.embed.list_images", record("list", ["items"]))
+    monkeypatch.setattr("bvl.evals.embed.embed_to_file", record("embed", None))
+    columns = ("--image-column", "file", "--text-column", "report", "--split", "val")
+    assert run("eval", "run", "--data", str(tmp_path), *columns, "--texts-per-image", "all") == 1
+    read = {"image_column": "file", "text_column": "report", "split": "val"}
+    assert calls["eval"] == {**read, "name": tmp_path.name, "config": "config", "texts_per_image": None}
+    options = ("--long-texts", "chunks", "--batch-size", "3")
+    assert run("embed", "run", str(tmp_path), "--out", "x.npz", *columns, *options) == 1
+    assert calls["list"] == {**read, "config": None}
+    assert calls["embed"] == {"long_texts": "chunks", "batch_size": 3}
+
+
 def test_images_of_several_folders_have_ids_of_their_own(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         Image.new("L", (4, 4)).save(tmp_path / folder / "0.png")
     a, b = tmp_path / "a", tmp_path / "b"
-    assert [record["id"] for record in list_images([a])] == ["0.png"]
-    assert [record["id"] for record in list_images([a, b])] == [f"{a}/0.png", f"{b}/0.png"]
+    assert [item.id for item in list_images([a])] == ["0.png"]
+    assert [item.id for item in list_images([a, b])] == [f"{a}/0.png", f"{b}/0.png"]
 
 
 @pytest.mark.parametrize(

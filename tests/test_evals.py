@@ -557,3 +557,46 @@ def test_two_column_csv(tmp_path, components):
     table.write_text("image,text\n" + "".join(f"{i}.png,text number {i}\n" for i in range(4)))
     metrics = evaluate(components, suites_for(table)).metrics
     assert metrics["retrieval_pairs/num_images"] == 4
+
+
+def write_csv(path, text_column, *, rows=4):
+    write_folder(path, labelled(rows))
+    (path / "records.jsonl").unlink()
+    lines = [f"{i}.png,text number {i}" for i in range(rows)]
+    (path / "pairs.csv").write_text("\n".join([f"image,{text_column}", *lines]))
+    return str(path / "pairs.csv")
+
+
+def test_columns_are_those_of_the_training_where_the_usual_ones_are_absent(tmp_path, components, caplog):
+    caplog.set_level("INFO")
+    trained, other, usual = (
+        write_csv(tmp_path / name, column)
+        for name, column in (("a", "report"), ("b", "report"), ("c", "caption"))
+    )
+    config = trained_on(components, Source(root=trained, text_column="report")).config
+    with pytest.raises(DataError, match="there is .*report.*--text-column"):
+        suites_for(other)
+    for folder, column in ((trained, "report"), (other, "report"), (usual, None)):
+        caplog.clear()
+        suite = suites_for(folder, config=config)["retrieval_pairs"]
+        assert suite.source.text_column == column
+        assert ("texts in 'report'" in caplog.text) == (column is not None)
+    assert suites_for(other, text_column="report")["retrieval_pairs"].source.text_column == "report"
+    with pytest.raises(DataError, match="there is no column 'finding'; there is image, report"):
+        suites_for(other, text_column="finding", config=config)
+
+
+def test_folder_with_several_texts_of_a_record(tmp_path):
+    records = labelled(4)
+    for i, record in enumerate(records):
+        record |= {"impression": f"impression {i}", "findings": f"findings {i}"}
+    root = write_folder(tmp_path / "a", records)
+    for count, texts in (
+        (1, ["findings 0"]),
+        (2, ["findings 0", "impression 0"]),
+        (None, ["findings 0", "impression 0"]),
+    ):
+        suite = suites_for(root, texts_per_image=count)["retrieval_a"]
+        assert suite.texts_per_image == count
+        pairs, _ = suite._pairs
+        assert [text for number, _, text in pairs if number == 0] == texts

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from bvl.config import Config
 from bvl.data.images import open_image
-from bvl.data.records import find_manifest, read_records, select_split
+from bvl.data.long_texts import LongTexts
+from bvl.data.manifests import find_manifest
+from bvl.data.sources import RecordSet
 from bvl.data.text_choice import TextChoice
-from bvl.errors import DataError, ImageError
+from bvl.errors import ConfigError, DataError, ImageError
+from bvl.evals.folder import source_at
 from bvl.runs import Components
 from bvl.tasks.contrastive import embed_texts
 
@@ -31,69 +36,115 @@ class Embedded:
     skipped: list[str]
 
 
-def list_images(places: Sequence[str | Path], *, split: str | None = None) -> list[dict[str, Any]]:
-    """Records of what `places` name: manifests, folders with one, folders of images (searched to the bottom), files.
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """An image to embed. open: decodes it, or raises ImageError. text: that of its record, if it has one."""
 
-    Each has "id", "image" and "root"; those of a manifest keep their texts. The id is that of the manifest or the
-    path within the folder, behind the place's own name where several are given. Raises DataError for a place without images.
+    id: str
+    open: Callable[[], Any]
+    text: str | None = None
+
+
+def list_images(
+    places: Sequence[str | Path],
+    *,
+    split: str | None = None,
+    config: Config | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+) -> list[Item]:
+    """The images of `places`: files of records, folders with them, folders of images (searched to the bottom), files.
+
+    The id is that of the record or the path within the folder, behind the place's own name where several are given.
+    split: of records, None = all. config, image_column, text_column: see `source_at`.
+    Raises DataError for a place without images, and for a split or columns where no place has records.
     """
     extensions = tuple(Image.registered_extensions())
-    found: list[dict[str, Any]] = []
+    choice = TextChoice.of({"caption": 4.0, "alt_text": 3.0, "class_prompt": 2.0, "findings": 1.0})
+    found: list[Item] = []
+    any_records = False
     for place in map(Path, places):
         prefix = f"{place}/" if len(places) > 1 else ""
-        if _is_manifest(place):
-            folder = read_records(place)
-            records = select_split(folder, split)
-            found += [
-                {**r, "id": prefix + r["id"], "root": folder.root}
-                for r in records
-                if r.get("image") is not None
-            ]
-        elif place.is_dir():
-            files = sorted(p for p in place.rglob("*") if p.suffix.lower() in extensions and p.is_file())
-            if not files:
-                raise DataError(f"{place}: no image files and no records.jsonl or CSV in this folder")
-            found += [{"id": f"{prefix}{p.relative_to(place)}", "image": str(p), "root": None} for p in files]
-        elif place.exists():
-            found.append({"id": str(place), "image": str(place), "root": None})
-        else:
-            raise DataError(f"{place}: no such file or folder")
+        try:
+            find_manifest(place)
+        except DataError as error:
+            if place.is_dir():
+                files = sorted(p for p in place.rglob("*") if p.suffix.lower() in extensions and p.is_file())
+                if not files:
+                    raise DataError(f"no image files, and no records: {error}") from error
+                found += [_file(p, f"{prefix}{p.relative_to(place)}") for p in files]
+            elif place.exists():
+                found.append(_file(place, str(place)))
+            else:
+                raise
+            continue
+        any_records = True
+        source = source_at(
+            place, split=split, config=config, image_column=image_column, text_column=text_column
+        )
+        record_set = RecordSet(source)
+        for i in range(len(record_set)):
+            record = record_set.describe(i)
+            if record.get("image") is not None:
+                load = functools.partial(_load, record_set, i)
+                found.append(Item(prefix + record["id"], load, choice.first(record)))
     if not found:
-        raise DataError(f"no images under {', '.join(map(str, places))}")
+        raise DataError(f"{', '.join(map(str, places))}: no record has an image")
+    if not any_records and (split or image_column or text_column):
+        raise DataError(
+            f"{', '.join(map(str, places))}: a split or columns are chosen, but these are images without records"
+        )
     return found
 
 
 def embed_to_file(
-    components: Components, records: list[dict[str, Any]], out: Path, *, batch_size: int = 64
+    components: Components,
+    items: Sequence[Item],
+    out: Path,
+    *,
+    long_texts: LongTexts = "cut",
+    batch_size: int = 64,
 ) -> Embedded:
     """Write `ids` [n], `image_embed` [n, d] and, where a record has a text, `text_embed` and `text_ids` to `out`.
 
     Images are decoded and encoded batch by batch, and embeddings go to disk as they come. An image that cannot
-    be read is left out and named.
+    be read is left out and named. long_texts: what becomes of texts beyond the context, see `embed_texts`.
+    Raises DataError if no image can be read, ConfigError for an `out` that is a folder.
     """
-    choice = TextChoice.of({"caption": 4.0, "alt_text": 3.0, "class_prompt": 2.0, "findings": 1.0})
-    ids, skipped = [], []
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; name the .npz file to write")
+    kept: list[Item] = []
+    skipped: list[str] = []
 
     def images() -> Iterator[Any]:
-        for record in records:
+        for item in items:
             try:
-                image = open_image(record["image"], record["root"])
+                image = item.open()
             except ImageError as error:
                 logger.warning("left out: %s", error)
-                skipped.append(record["id"])
+                skipped.append(item.id)
                 continue
-            ids.append(record["id"])
+            kept.append(item)
             yield image
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        rows = _stream(Path(folder) / "image_embed.npy", components, images(), len(records), batch_size)
-        arrays = {"ids": np.asarray(ids, dtype=np.str_)}
-        kept = set(ids)
-        texts = [(r["id"], t) for r in records if r["id"] in kept and (t := choice.first(r))]
+        rows = _stream(Path(folder) / "image_embed.npy", components, images(), len(items), batch_size)
+        if not rows:
+            raise DataError(f"none of the {len(items)} images can be read; nothing was written")
+        arrays = {"ids": np.asarray([item.id for item in kept], dtype=np.str_)}
+        texts = [item.text for item in kept if item.text]
         if texts:
-            arrays["text_ids"] = np.asarray([i for i, _ in texts], dtype=np.str_)
-            arrays["text_embed"] = embed_texts(components, [t for _, t in texts], batch_size=batch_size)
+            if long_texts == "cut" and (cut := components.tokenizer.count_truncated(texts)):
+                logger.warning(
+                    "%d of %d texts are longer than the context of %d tokens and were cut; --long-texts chunks "
+                    "reads them whole",
+                    cut,
+                    len(texts),
+                    components.tokenizer.context_length,
+                )
+            arrays["text_ids"] = np.asarray([item.id for item in kept if item.text], dtype=np.str_)
+            arrays["text_embed"] = embed_texts(components, texts, long=long_texts, batch_size=batch_size)
         for name, array in arrays.items():
             np.save(Path(folder) / f"{name}.npy", array)
         partial = Path(folder) / "all.npz"
@@ -120,10 +171,9 @@ def _stream(path: Path, components: Components, images: Iterator[Any], limit: in
     return count
 
 
-def _is_manifest(place: Path) -> bool:
-    if place.is_file():
-        return place.suffix.lower() in (".jsonl", ".csv", ".tsv")
-    try:
-        return place.is_dir() and find_manifest(place).is_file()
-    except DataError:
-        return False
+def _file(path: Path, name: str) -> Item:
+    return Item(name, functools.partial(open_image, path))
+
+
+def _load(record_set: RecordSet, index: int) -> Any:
+    return record_set.load(index)["image"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
 from bvl.config import Config
-from bvl.data.records import read_records, select_split
+from bvl.data.records import select_split
 from bvl.data.sources import Source
 from bvl.errors import DataError
 from bvl.evals.base import Suite, fields_of, overlaps_training, same_place
@@ -20,8 +21,55 @@ TEXT_FIELDS = ("caption", "alt_text", "findings", "impression")
 TEMPLATES = ("{}", "an image of {}", "a medical image showing {}")
 
 
+def source_at(
+    place: str | Path,
+    *,
+    split: str | None = None,
+    config: Config | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+) -> Source:
+    """The folder or file of records `place` as a source, with the columns that hold its images and texts.
+
+    image_column, text_column: None = as the run of `config` was trained, where it was trained on this place; else
+    the usual ones, or, if the records have no images or no texts by those, what a training source reads.
+    """
+    usual = Source(root=str(place), split=split)
+    trained = config.data.sources() if config is not None else ()
+    # Stable: the run's own place first, else the usual columns.
+    order = sorted((usual, *trained), key=lambda s: s is usual or not same_place(s, usual))
+    columns = dict.fromkeys((image_column or s.image_column, text_column or s.text_column) for s in order)
+    choices = [dataclasses.replace(usual, image_column=i, text_column=t) for i, t in columns]
+    # There is most often nothing to choose, and then no reason to read.
+    chosen = choices[0] if len(choices) == 1 else next(filter(_has_pairs, choices), choices[0])
+    if chosen != usual:
+        logger.info(
+            "%s: images are in the column %r, texts in %r",
+            place,
+            chosen.image_column,
+            chosen.text_column or "caption",
+        )
+    return chosen
+
+
+def _has_pairs(source: Source) -> bool:
+    """Whether the columns of a source are there and give images and texts."""
+    try:
+        counts = source.read().counts
+    except DataError:
+        return False
+    return "image" in counts and any(field in counts for field in TEXT_FIELDS)
+
+
 def suites_for(
-    folder: str | Path, *, split: str | None = None, name: str | None = None, config: Config | None = None
+    folder: str | Path,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    config: Config | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    texts_per_image: int | None = 1,
 ) -> dict[str, Suite]:
     """The suites of a folder of records, by name: `retrieval_<name>` and `zeroshot_<name>`; what was chosen is logged.
 
@@ -33,9 +81,13 @@ def suites_for(
     the run trained on "train" of them, the tenth "val" that it held out.
     name: None = the folder's name.
     config: of the run to evaluate. A warning says where it may have been trained on the records.
+    image_column, text_column: see `source_at`.
+    texts_per_image: so many texts of each record, of the fields caption, alt_text, findings and impression in this
+    order, None = all; 1 = that of the first of these fields that there is.
     Raises DataError if the records allow neither.
     """
-    records = read_records(folder)
+    source = source_at(folder, config=config, image_column=image_column, text_column=text_column)
+    records = source.read()
     name = name or records.name
     named = {record["split"] for record in records.records if record.get("split")}
     if split is None:
@@ -45,7 +97,7 @@ def suites_for(
             split, why = "val", " (the tenth of these records that training held out)"
         logger.info("%s: evaluating %s%s", name, f"split {split!r}" if split else "all records", why)
     select_split(records, split)  # a split that is not there is an error of its own
-    source = Source(name=name, root=str(folder), split=split)
+    source = dataclasses.replace(source, name=name, split=split)
     if config is not None and overlaps_training(config, source):
         logger.warning(
             "%s: THE MODEL MAY HAVE BEEN TRAINED ON THESE RECORDS (%s), so the results say little about new images; "
@@ -56,9 +108,10 @@ def suites_for(
 
     suites: dict[str, Suite] = {}
     reasons = []
-    for suite_name, make in (("retrieval", _retrieval), ("zeroshot", _zeroshot)):
+    makers = {"retrieval": lambda: _retrieval(source, texts_per_image), "zeroshot": lambda: _zeroshot(source)}
+    for suite_name, make in makers.items():
         try:
-            suite = make(source)
+            suite = make()
             suite.check_records()
         except DataError as error:
             reasons.append(f"no {suite_name}: {error}")
@@ -76,17 +129,24 @@ def _trained_splits(config: Config | None, folder: str) -> set[str | None]:
     return {source.split for source in trained if same_place(source, Source(root=folder))}
 
 
-def _retrieval(source: Source) -> Suite:
-    suite = Retrieval(source=source)
+def _retrieval(source: Source, texts_per_image: int | None) -> Suite:
+    suite = Retrieval(source=source, texts_per_image=texts_per_image)
     record_set = suite.opened()
     records = [record_set.describe(i) for i in range(len(record_set))]
-    for field in TEXT_FIELDS:
-        if any(record.get(field) and record.get("image") is not None for record in records):
-            logger.info("%s: retrieval reads the field %r", source.name, field)
-            return suite if field == source.text else Retrieval(source=source, text=field)
-    raise DataError(
-        f"no record has an image and one of {', '.join(TEXT_FIELDS)} (there is {fields_of(record_set)})"
-    )
+    pictured = [record for record in records if record.get("image") is not None]
+    fields = [field for field in TEXT_FIELDS if any(record.get(field) for record in pictured)]
+    if not fields:
+        raise DataError(
+            f"no record has an image and one of {', '.join(TEXT_FIELDS)} (there is {fields_of(record_set)}); a column of "
+            f"another name is read with text_column (--text-column) or image_column (--image-column)"
+        )
+    if texts_per_image == 1:
+        fields = fields[:1]
+    logger.info("%s: retrieval reads %s", source.name, ", ".join(map(repr, fields)))
+    if fields == [source.text]:
+        return suite
+    text = {field: float(len(fields) - i) for i, field in enumerate(fields)}
+    return dataclasses.replace(suite, text=fields[0] if len(fields) == 1 else text)
 
 
 def _zeroshot(source: Source) -> Suite:
