@@ -233,4 +233,4 @@ def test_bad_options():
     with pytest.raises(ConfigError, match="needs embed_dim=384"):
         DualEncoderConfig(image_projection="none")
     with pytest.raises(ConfigError, match=r"nearest is \(224, 224\)"):
-        ViTConfig("B/16").patch_grid((225, 220))
+        ViTConfig("B/16").grid((225, 220))

@@ -132,7 +132,7 @@ class ViTConfig:
             return self.levels
         return tuple(sorted({max(depth * i // 4, 1) - 1 for i in (1, 2, 3, 4)}))
 
-    def patch_grid(self, image_size: tuple[int, int], what: str = "image") -> tuple[int, int]:
+    def grid(self, image_size: tuple[int, int], what: str = "image") -> tuple[int, int]:
         """Rows and columns of patches of an image (height, width); raises ConfigError if they do not fit."""
         p = self.patch_size
         if image_size[0] % p or image_size[1] % p:
@@ -175,8 +175,8 @@ class ViT(nn.Module):
     ) -> ImageFeatures:
         config, p = self.config, self.config.patch_size
         width, depth, num_heads, mlp_hidden = config.sizes
-        trained = config.patch_grid(self.image_size, "data.preprocess.image_size")
-        grid = config.patch_grid(image.shape[1:3])
+        trained = config.grid(self.image_size, "data.preprocess.image_size")
+        grid = config.grid(image.shape[1:3])
         norm = dict(epsilon=config.norm_epsilon, dtype=self.dtype)
 
         if config.stem == "conv":

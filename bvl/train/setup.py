@@ -262,9 +262,7 @@ def _at_image_size(start_from: Components, config: Config) -> Any:
 
 def _grid(config: Config) -> tuple[int, int]:
     """Rows and columns of the image tower's last feature map, which its positions are made for."""
-    tower = config.model.image
-    grid = tower.grid if hasattr(tower, "grid") else tower.patch_grid
-    return grid(config.data.preprocess.height_width)
+    return config.model.image.grid(config.data.preprocess.height_width)
 
 
 def first_state(
@@ -313,4 +311,6 @@ def first_state(
     logger.info("parameters from %s, step %d", config.init_from, start_from.step)
     params = {**state.params, "model": jax.device_put(model_params, plan.shardings.params["model"])}
     ema = jax.tree.map(lambda x: x.copy(), params) if state.ema is not None else None
-    return state.replace(params=params, ema=ema), {}
+    # Some optimisers keep parameters of their own, which must be these too.
+    opt_state = jax.jit(plan.optimizer.init, out_shardings=plan.shardings.opt_state)(params)
+    return state.replace(params=params, opt_state=opt_state, ema=ema), {}
