@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,6 +21,51 @@ def _ones_init(*names: str | None):
 
 def last(_: Any, new: Any) -> Any:
     return new
+
+
+Statistics = tuple[Float[Array, " c"], Float[Array, " c"]]
+
+
+def normalize_naive(
+    x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"], epsilon: float
+) -> tuple[Float[Array, "b h w c"], Statistics]:
+    """Equation for a batch (Ioffe & Szegedy 2015, algorithm 1): (output, (mean, biased variance))."""
+    axes = tuple(range(x.ndim - 1))
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axes)
+    variance = jnp.square(wide - mean).mean(axes)
+    factor = scale * jax.lax.rsqrt(variance + epsilon)
+    return ((wide - mean) * factor + bias).astype(x.dtype), (mean, variance)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize(
+    x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"], epsilon: float
+) -> tuple[Float[Array, "b h w c"], Statistics]:
+    """`normalize_naive` with the closed form of its gradient, which keeps x alone and reads it twice.
+
+    No gradient flows through the statistics that are returned.
+    """
+    return normalize_naive(x, scale, bias, epsilon)
+
+
+def _forward(x, scale, bias, epsilon):
+    y, (mean, variance) = normalize_naive(x, scale, bias, epsilon)
+    return (y, (mean, variance)), (x, scale, bias, mean, jax.lax.rsqrt(variance + epsilon))
+
+
+def _backward(epsilon, residuals, gradients):
+    x, scale, bias, mean, inverse = residuals
+    axes = tuple(range(x.ndim - 1))
+    dy = gradients[0].astype(jnp.float32)
+    unit = (x.astype(jnp.float32) - mean) * inverse
+    dbias, dscale = dy.sum(axes), (dy * unit).sum(axes)
+    count = x.size // x.shape[-1]
+    dx = scale * inverse * (dy - dbias / count - unit * (dscale / count))
+    return dx.astype(x.dtype), dscale, dbias
+
+
+normalize.defvjp(_forward, _backward)
 
 
 class BatchNorm(nn.Module):
@@ -49,15 +95,13 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", zeros_init("norm"), shape)
         running_mean = jax.lax.stop_gradient(self.param("running_mean", zeros_init("norm"), shape))
         running_var = jax.lax.stop_gradient(self.param("running_var", _ones_init("norm"), shape))
-        x = x.astype(jnp.float32)
-        mean, variance = running_mean, running_var
-        if training and self.mode == "synced":
-            mean = x.mean((0, 1, 2))
-            variance = jnp.square(x - mean).mean((0, 1, 2))
-            count = x.size // x.shape[-1]
-            unbiased = variance * (count / max(count - 1, 1))
-            for name, old, new in (("mean", running_mean, mean), ("var", running_var, unbiased)):
-                moved = old + self.momentum * (jax.lax.stop_gradient(new) - old)
-                self.sow("statistics", f"running_{name}", moved, reduce_fn=last)
-        factor = scale * jax.lax.rsqrt(variance + self.epsilon)
-        return ((x - mean) * factor + bias).astype(self.dtype)
+        if not training or self.mode == "frozen":
+            factor = scale * jax.lax.rsqrt(running_var + self.epsilon)
+            return ((x.astype(jnp.float32) - running_mean) * factor + bias).astype(self.dtype)
+        y, (mean, variance) = normalize(x.astype(self.dtype), scale, bias, self.epsilon)
+        count = x.size // x.shape[-1]
+        unbiased = variance * (count / max(count - 1, 1))
+        for name, old, new in (("mean", running_mean, mean), ("var", running_var, unbiased)):
+            moved = jax.lax.stop_gradient(old + self.momentum * (new - old))
+            self.sow("statistics", f"running_{name}", moved, reduce_fn=last)
+        return y

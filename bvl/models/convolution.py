@@ -59,7 +59,9 @@ def _convolve_matmul(x: jax.Array, kernel: jax.Array, *, stride: int, groups: in
     if groups == channels == features:
         taps = kernel.reshape(-1, channels)
         return sum(view * tap for view, tap in zip(_views(x, kernel.shape[:2], stride), taps, strict=True))
-    return _convolve_patch_gradient(x, kernel, stride, groups)
+    if groups > 1:
+        return _convolve_lax(x, kernel, stride=stride, groups=groups)
+    return _convolve_patch_gradient(x, kernel, stride)
 
 
 def _views(x: jax.Array, size: tuple[int, int], stride: int) -> list[jax.Array]:
@@ -74,22 +76,19 @@ def _views(x: jax.Array, size: tuple[int, int], stride: int) -> list[jax.Array]:
     ]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve_patch_gradient(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve_patch_gradient(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """XLA's convolution with a kernel gradient of its own: on CPU, XLA's is up to five times slower."""
-    return _convolve_lax(x, kernel, stride=stride, groups=groups)
+    return _convolve_lax(x, kernel, stride=stride, groups=1)
 
 
-def _forward(x, kernel, stride, groups):
-    return _convolve_patch_gradient(x, kernel, stride, groups), (x, kernel)
+def _patch_forward(x, kernel, stride):
+    return _convolve_patch_gradient(x, kernel, stride), (x, kernel)
 
 
-def _backward(stride, groups, residuals, gradient):
+def _patch_backward(stride, residuals, gradient):
     x, kernel = residuals
-    convolve_lax = functools.partial(_convolve_lax, stride=stride, groups=groups)
-    if groups > 1:
-        return jax.vjp(convolve_lax, x, kernel)[1](gradient)
-    (dx,) = jax.vjp(lambda x: convolve_lax(x, kernel), x)[1](gradient)
+    (dx,) = jax.vjp(lambda x: _convolve_lax(x, kernel, stride=stride, groups=1), x)[1](gradient)
 
     # Image by image, so that the patches stay in the cache.
     def add(total, row):
@@ -103,7 +102,7 @@ def _backward(stride, groups, residuals, gradient):
     return dx, total.reshape(kernel.shape).astype(kernel.dtype)
 
 
-_convolve_patch_gradient.defvjp(_forward, _backward)
+_convolve_patch_gradient.defvjp(_patch_forward, _patch_backward)
 
 
 def he_init(*names: str | None) -> Callable[..., Any]:
