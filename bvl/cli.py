@@ -230,10 +230,8 @@ def _embed(args: argparse.Namespace) -> int:
     done = embed_to_file(components, items, out, long_texts=args.long_texts, batch_size=args.batch_size)
     print(f"{done.count} images embedded: {out}")
     if done.skipped:
-        print(
-            f"{len(done.skipped)} could not be read and were left out: {', '.join(done.skipped[:5])} ...",
-            file=sys.stderr,
-        )
+        names = ", ".join(done.skipped[:5]) + (", ..." if len(done.skipped) > 5 else "")
+        print(f"{len(done.skipped)} could not be read and were left out: {names}", file=sys.stderr)
     return 1 if done.skipped else 0
 
 
@@ -246,9 +244,13 @@ def _data_phantoms(args: argparse.Namespace) -> int:
 
 
 def _data_show(args: argparse.Namespace) -> int:
+    from PIL import Image
+
     from bvl.config import load_config
     from bvl.data.show import contact_sheet
 
+    if Path(args.out).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {args.out}: no name of a picture; end it with .png")
     config = load_config(args.config, args.overrides)
     keys = {name: task.fields() for name, task in config.tasks.items()}
     sheet = contact_sheet(

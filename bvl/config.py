@@ -159,6 +159,10 @@ def load_config(spec: str, overrides: list[str] | None = None) -> Config:
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=1)
         hint = f"; did you mean {file.parent / near[0]}?" if near else ""
         raise ConfigError(f"no config file {path}{hint}")
+    if file.suffix != ".py":
+        raise ConfigError(
+            f"{path} is no .py file; a config is a Python file with get_config(), as configs/quickstart.py is"
+        )
     module_spec = importlib.util.spec_from_file_location(f"bvl_config_{file.stem}", file)
     module = importlib.util.module_from_spec(module_spec)
     # Annotations of dataclasses that the file itself defines are looked up here.

@@ -251,6 +251,8 @@ def load_components(
         there = (
             ", ".join(sorted(p.name for p in run.path.iterdir())[:8])
             if run.path.is_dir()
+            else "a file; give its folder"
+            if run.path.exists()
             else "no such folder"
         )
         raise RunFolderError(f"{run.path} is no run folder: config.json is missing ({there})")

@@ -76,7 +76,10 @@ def test_overrides_may_stand_anywhere(capsys):
     "words, part",
     [
         (["train", "configs/none.py"], "no config file configs/none.py"),
+        (["train", str(ROOT / "README.md")], "is no .py file"),
         (["train", QUICKSTART, "stepz=3"], "'steps'"),
+        (["data", "show", QUICKSTART, "--out", "sheet.pgn"], "end it with .png"),
+        (["eval", QUICKSTART, "--data", str(ROOT / "README.md")], "a manifest is a .jsonl"),
         (["train", QUICKSTART], "workdir=DIR"),
         (["eval", "no_such_run", "--data", "no_such_folder"], "no_such_folder"),
         (["embed", "no_such_run", "no_such_image.png", "--out", "x.npz"], "no_such_image.png"),
@@ -93,6 +96,9 @@ def test_embed_names_a_missing_run(tmp_path, capsys):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     assert run("embed", str(tmp_path / "run"), str(tmp_path / "a.png"), "--out", str(tmp_path / "x.npz")) == 1
     assert str(tmp_path / "run") in capsys.readouterr().err
+    picture = str(tmp_path / "a.png")
+    assert run("embed", picture, picture, "--out", str(tmp_path / "x.npz")) == 1
+    assert "is no run folder: config.json is missing (a file; give its folder)" in capsys.readouterr().err
 
 
 def test_a_bad_name_is_refused_before_anything_is_loaded(tmp_path, capsys):

@@ -42,7 +42,7 @@ def source_at(
     choices = [dataclasses.replace(usual, image_column=i, text_column=t) for i, t in columns]
     # There is most often nothing to choose, and then no reason to read.
     chosen = choices[0] if len(choices) == 1 else next(filter(_has_pairs, choices), choices[0])
-    if chosen != usual:
+    if chosen != usual and not (image_column or text_column):
         logger.info(
             "%s: images are in the column %r, texts in %r",
             place,
