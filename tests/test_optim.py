@@ -14,6 +14,7 @@ from tiny_run import fast_compilation  # noqa: F401
 from bvl.errors import ConfigError
 from bvl.mesh import MeshConfig, make_mesh, shardings_of, unbox
 from bvl.models.layers import Stack
+from bvl.models.resnet import ResNetConfig
 from bvl.train.optim import OptimConfig, make_optimizer, make_schedule
 from bvl.train.parameters import merge, parameter_name
 
@@ -308,10 +309,11 @@ def tower_shapes(scan):
     stack = unbox(jax.eval_shape(stack.init, jax.random.key(0), jnp.ones((1, 3, 4))))["params"]
     vector = jax.ShapeDtypeStruct((4,), jnp.float32)
     matrix = jax.ShapeDtypeStruct((4, 4), jnp.float32)
-    resnet = {f"stage_{i}": {f"block_{j}": {"conv": {"kernel": matrix}} for j in range(2)} for i in range(3)}
+    resnet = ResNetConfig("RN50", width=2, stages=(1, 1, 1, 2)).make(image_size=(32, 32), dtype=jnp.float32)
+    resnet = unbox(jax.eval_shape(resnet.init, jax.random.key(0), jnp.ones((1, 32, 32, 3))))["params"]
     return {
         "model": {
-            "image": {"stem": {"kernel": matrix}, **resnet, "pool": {"query": {"kernel": matrix}}},
+            "image": resnet,
             "text": {"token_embed": matrix, "positions": matrix, "stack": stack, "norm": {"scale": vector}},
             "text_projection": {"kernel": matrix},
             "log_scale": jax.ShapeDtypeStruct((), jnp.float32),
@@ -322,7 +324,7 @@ def tower_shapes(scan):
 
 @pytest.mark.parametrize("scan", (False, True))
 def test_layer_wise_decay(scan):
-    """1 at the top of a tower and outside, a factor less for each layer down; stages count as layers."""
+    """1 at the top of a tower and outside, a factor less for each layer down; residual blocks are layers."""
     params = jax.tree.map(lambda x: jnp.zeros(x.shape), tower_shapes(scan))
     config = OptimConfig(
         name="sgd", lr=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=None, layer_decay=0.5,
@@ -337,9 +339,10 @@ def test_layer_wise_decay(scan):
         "model/text_projection/kernel": 1.0,
         "model/log_scale": 1.0,
         "heads/classify/linear/kernel": 1.0,
-        "model/image/stem/kernel": 0.0625,
-        "model/image/stage_0/block_1/conv/kernel": 0.125,
-        "model/image/stage_2/block_0/conv/kernel": 0.5,
+        "model/image/stem/conv_0/kernel": 0.5**6,
+        "model/image/stage_0_block_0/middle_conv/kernel": 0.5**5,
+        "model/image/stage_3_block_0/middle_conv/kernel": 0.25,
+        "model/image/stage_3_block_1/middle_conv/kernel": 0.5,
         "model/image/pool/query/kernel": 1.0,
     }
     for name, value in expected.items():

@@ -16,6 +16,7 @@ from bvl.errors import ConfigError
 from bvl.models.bert import BertConfig
 from bvl.models.dropout import RowKeys
 from bvl.models.features import ImageFeatures, TextFeatures
+from bvl.models.hybrid import HybridConfig
 from bvl.models.layers import Dense, gelu
 from bvl.models.resnet import ResNetConfig
 from bvl.models.text import TextConfig
@@ -37,7 +38,7 @@ class DualEncoderConfig:
     (CLIP: 0.07 and 100); `init_bias` is for the sigmoid loss (SigLIP: temperature 0.1, bias -10).
     """
 
-    image: ViTConfig | ResNetConfig = ViTConfig()
+    image: ViTConfig | ResNetConfig | HybridConfig = ViTConfig()
     text: TextConfig | BertConfig = TextConfig()
     embed_dim: int = 512
     image_projection: Projection = "linear"

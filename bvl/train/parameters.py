@@ -14,7 +14,7 @@ import numpy as np
 STATISTICS = re.compile(r"running_(mean|var)$")
 TOWERS = ("model/image/", "model/text/")
 
-_LAYER = re.compile(r"(stage|layer|block)_(\d+)")
+_LAYER = re.compile(r"(stage|layer|block)_(\d+)(?:_block_(\d+))?")
 # What follows the last layer of a tower; all else outside the layers embeds its input.
 _TOP = re.compile(r"(norm|pool|pooler|head)$")
 
@@ -72,7 +72,7 @@ def layer_factors(shapes: dict[str, tuple[int, ...]], decay: float) -> dict[str,
 
     With n layers the embeddings get decay ** (n + 1), layer i of 0..n-1 decay ** (n - i), the last norm, the pooling
     and all outside the towers 1 (BEiT: Bao et al. 2022, arXiv:2106.08254, appendix). A layer is a `block_i` of a
-    transformer or a `stage_i` / `layer_i` of a convolutional network, stages before blocks; scanned `blocks` get one
+    transformer or a `stage_i_block_j` of a ResNet or hybrid, in the order of the numbers; scanned `blocks` get one
     factor for each entry of their leading axis.
     """
     factors: dict[str, float | np.ndarray] = {}
@@ -97,11 +97,11 @@ def layer_factors(shapes: dict[str, tuple[int, ...]], decay: float) -> dict[str,
     return factors
 
 
-def _layers_of(name: str, shape: Sequence[int]) -> list[tuple[bool, int]]:
+def _layers_of(name: str, shape: Sequence[int]) -> list[tuple[bool, int, int]]:
     """The layers, as sortable keys, that a tower's parameter belongs to: none, one, or all of a scanned stack."""
     for part in name.split("/"):
         if part == "blocks":
-            return [(True, i) for i in range(shape[0])]
+            return [(True, i, 0) for i in range(shape[0])]
         if found := _LAYER.fullmatch(part):
-            return [(found[1] == "block", int(found[2]))]
+            return [(found[1] == "block", int(found[2]), int(found[3] or 0))]
     return []
