@@ -1,5 +1,6 @@
 """Tokenizers."""
 
+import pickle
 import subprocess
 import sys
 
@@ -78,6 +79,12 @@ def test_special_tokens_in_a_text_are_text(tokenizer):
     inside = tokens[1 : int(mask.sum()) - 1]
     special = {tokenizer.end_id, tokenizer.pad_id, tokenizer.start_id, tokenizer.mask_id}
     assert len(special) == 4 and not special & set(inside.tolist())
+
+
+def test_a_worker_process_reads_texts_alike(tokenizer):
+    text = f"a {PAD} b [END] c"
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    np.testing.assert_array_equal(sent.encode(text)[0], tokenizer.encode(text)[0])
 
 
 def test_save_and_load(tokenizer, tmp_path):

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -56,14 +56,17 @@ class Tokenizer:
     def __init__(self, model: tokenizers.Tokenizer, context_length: int):
         model.no_padding()
         model.no_truncation()
-        # "[END]" written in a caption is text and ends nothing.
-        model.encode_special_tokens = True
-        self._model = model
+        self._model = _reading_plain_text(model)
         self.context_length = context_length
         self.pad_id, self.start_id, self.end_id = (_role_id(model, role) for role in ("pad", "start", "end"))
         self.mask_id = _find_role(model, "mask")
         # Ids may have gaps; a token embedding needs a row up to the highest.
         self.vocab_size = 1 + max(model.get_vocab().values())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Pickling, as for worker processes, forgets the option.
+        _reading_plain_text(self._model)
 
     @classmethod
     def train(cls, texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -157,6 +160,12 @@ class Tokenizer:
     def hash(self) -> str:
         """Hash of vocabulary and rules; two tokenizers with the same hash give the same ids."""
         return hashlib.sha256(self._model.to_str().encode()).hexdigest()[:12]
+
+
+def _reading_plain_text(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The model, to which "[END]" written in a caption is text and ends nothing."""
+    model.encode_special_tokens = True
+    return model
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
