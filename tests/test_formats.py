@@ -18,6 +18,7 @@ from bvl.data.array_records import write_array_records
 from bvl.data.arrays import from_arrays
 from bvl.data.phantoms import Phantoms
 from bvl.data.pipeline import DataConfig, Pipeline
+from bvl.data.records import group_of, read_records
 from bvl.data.sources import RecordSet, Source
 from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.data.text_choice import text_id
@@ -179,6 +180,14 @@ def test_array_records_give_back_what_was_written(tmp_path):
     assert one.name == "part-0" and levels(one) == [5, 5, 7]
 
 
+def test_array_records_without_ids_are_different_images(tmp_path):
+    grey = [np.full((4, 4), value, np.uint8) for value in (*range(10), 0)]
+    path = tmp_path / "set.arrayrecord"
+    write_array_records(path, [{"image": image, "caption": f"text {i}"} for i, image in enumerate(grey)])
+    groups = [group_of(record) for record in read_records(path).records]
+    assert len(set(groups)) == 10 and groups[0] == groups[-1]
+
+
 def test_bad_array_records(tmp_path, monkeypatch):
     path = tmp_path / "x.arrayrecord"
     with pytest.raises(ImageError, match="nowhere.png"):
@@ -187,7 +196,7 @@ def test_bad_array_records(tmp_path, monkeypatch):
         write_array_records(path, [{"id": "a", "caption": {1, 2}}])
     with pytest.raises(ImageError, match="image of 'a': give a path"):
         write_array_records(path, [{"id": "a", "image": np.zeros((2, 2))}])
-    assert not path.exists()
+    assert not list(tmp_path.iterdir())
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(str(path), "group_size:1")

@@ -4,12 +4,14 @@ Each record of a file is
 
     b"bvl1" | length of the header, u32 little-endian | header | encoded image | encoded mask
 
-The header is the record as UTF-8 JSON, its "image" and "mask" the names they had, with one key more: "bytes" holds the
-lengths of image and mask, 0 for what is absent. Image and mask are the bytes of a file, such as a JPEG or PNG.
+The header is the record as UTF-8 JSON, its "image" and "mask" the paths they had or names by their content, with one
+key more: "bytes" holds the lengths of image and mask, 0 for what is absent. Image and mask are the bytes of a file,
+such as a JPEG or PNG.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import json
@@ -50,9 +52,11 @@ def write_array_records(
     try:
         for count, record in enumerate(records, 1):  # noqa: B007
             writer.write(encode_record(record, root))
+        writer.close()
+        temporary.replace(path)
     finally:
         writer.close()
-    temporary.replace(path)
+        temporary.unlink(missing_ok=True)
     return count
 
 
@@ -63,7 +67,8 @@ def encode_record(record: Mapping[str, Any], root: str | Path | None = None) -> 
         value = record.get(field)
         blobs.append(b"" if value is None else _encoded(value, root, f"{field} of {record.get('id')!r}"))
         if value is not None and not isinstance(value, str | Path):
-            header[field] = f"{field}-{record.get('id', '')}"
+            # By content: records of one name are records of one image.
+            header[field] = f"{field}-{hashlib.sha256(blobs[-1]).hexdigest()[:16]}"
         elif value is not None:
             header[field] = str(value)
     header["bytes"] = [len(blob) for blob in blobs]
