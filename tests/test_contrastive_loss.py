@@ -343,3 +343,17 @@ def test_label_similarity_is_a_softmax_of_cosines():
     np.testing.assert_array_equal(weights[:, 4], [0, 0, 0, 0, 1])
     with pytest.raises(ConfigError, match="above 0"):
         label_similarity(labels, labels, temperature=0.0)
+
+
+def test_equal_texts_of_equal_embedding_leave_the_softmax_loss_alone():
+    """Sharing a target among candidates of the same logit changes no cross-entropy, and summed over a group of equal
+    texts neither does sharing it among their images; the sigmoid loss, which judges each pair, does change."""
+    ids = np.array([1, 2, 1, 1, 3], np.uint32)
+    image, text = features(0, 5, 8), features(1, 4, 8)[ids]
+    for loss, equal in ((naive_softmax_loss, True), (naive_sigmoid_loss, False)):
+        options = dict(scale=SCALE, **({} if equal else {"bias": BIAS}))
+        plain, shared = (
+            loss(image, text, **options),
+            loss(image, text, targets=same_text(ids, ids), **options),
+        )
+        assert bool(np.isclose(plain, shared, rtol=1e-5)) is equal

@@ -28,6 +28,8 @@ class Contrastive(Task):
     ("same_text"), equal label sets ("same_labels"), overlapping ones by their share ("overlapping_labels"), or all
     pairs by the softmax of the cosines of their labels over target_temperature ("label_similarity").
     direction_weights: of image-to-text and text-to-image (softmax).
+    "same_text" matters to the sigmoid loss; the softmax loss it changes only where equal texts are embedded
+    differently, as under dropout, since equal logits share a target without cost.
     chunk_size: columns of logits held at once, None = chosen by size.
     """
 

@@ -34,13 +34,14 @@ REPEATED = {"labels": 0.5, "captions": 0.5}
 # arm: (the task's targets, the text that is read, texts an image)
 ARMS = {
     "repeats_diagonal": (dict(targets="diagonal"), REPEATED, 1),
-    "repeats_same_text": (dict(targets="same_text"), REPEATED, 1),
     "repeats_overlapping_labels": (dict(targets="overlapping_labels"), REPEATED, 1),
     "repeats_label_similarity": (
         dict(targets="label_similarity", target_temperature=0.1),
         REPEATED,
         1,
     ),
+    "repeats_sigmoid_diagonal": (dict(targets="diagonal", loss_type="sigmoid"), REPEATED, 1),
+    "repeats_sigmoid_same_text": (dict(targets="same_text", loss_type="sigmoid"), REPEATED, 1),
     "captions_one": ({}, "captions", 1),
     "captions_two": ({}, "captions", 2),
     "captions_image_to_text": (dict(direction_weights=(0.75, 0.25)), "captions", 1),
@@ -57,6 +58,8 @@ def get_config(arg: str | None = None) -> Config:
         raise ConfigError(f"arm={knobs.arm!r}: choose one of {', '.join(ARMS)}")
     task, text, texts_per_image = ARMS[knobs.arm]
     figures = knobs.arm.startswith("figures")
+    # SigLIP's initial temperature and bias.
+    logits = dict(init_temperature=0.1, init_bias=-10.0) if "sigmoid" in knobs.arm else {}
     if figures:
         train = Source(name="figures", text=text, cache=True)
         held_out = Source(name="figures", split="val", cache=True)
@@ -79,6 +82,7 @@ def get_config(arg: str | None = None) -> Config:
             image=ViTConfig("XS/16" if figures else "XS/8", stem="conv", depth=1, pool="mean"),
             text=TextConfig(width=96, depth=1, num_heads=3, causal=False, pool="mean"),
             embed_dim=128,
+            **logits,
         ),
         tasks={"contrastive": Contrastive(**task)},
         data=DataConfig(

@@ -37,7 +37,13 @@ COMPARISONS = (
     (
         "Soft targets, where half of the texts repeat",
         "repeats_diagonal",
-        ("repeats_same_text", "repeats_overlapping_labels", "repeats_label_similarity"),
+        ("repeats_overlapping_labels", "repeats_label_similarity"),
+        PHANTOM_METRICS,
+    ),
+    (
+        "Equal texts as positives of the sigmoid loss, where half of the texts repeat",
+        "repeats_sigmoid_diagonal",
+        ("repeats_sigmoid_same_text",),
         PHANTOM_METRICS,
     ),
     ("Several texts an image", "captions_one", ("captions_two",), PHANTOM_METRICS),
