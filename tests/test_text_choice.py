@@ -96,6 +96,11 @@ def test_templates_over_fields():
 DESCRIPTIONS = {"cyst": ("round and dark", "filled with fluid"), "mass": ("solid",)}
 
 
+def test_spaces_within_braces_mean_nothing():
+    choice = TextChoice.of("{ modality } of { labels }", descriptions={"cyst": ["a sac"]})
+    assert choice.reads_labels() and choice.first({"modality": "CT", "labels": ["cyst"]}) == "CT of a sac"
+
+
 def test_descriptions_of_labels():
     choice = TextChoice.of("labels", ("{}", "an image: {}"), descriptions=DESCRIPTIONS)
     record = {"labels": ["cyst", "mass", "stone"]}

@@ -13,7 +13,7 @@ import numpy as np
 from bvl.data.sentences import split_sentences
 from bvl.errors import ConfigError
 
-_PLACE = re.compile(r"\{([^{}]*)\}")
+_PLACE = re.compile(r"\{\s*([^{}]*?)\s*\}")
 
 
 def text_id(text: str) -> int:
@@ -65,7 +65,7 @@ class TextChoice:
             raise ConfigError(f"text={text!r}: give field names with probabilities above 0")
         for option in options:
             rest = _PLACE.sub("", option)
-            if any(not name.strip() for name in _PLACE.findall(option)) or "{" in rest or "}" in rest:
+            if any(not name for name in _PLACE.findall(option)) or "{" in rest or "}" in rest:
                 raise ConfigError(f"text {option!r}: each pair of braces holds the name of a field")
         bad = [t for t in templates if "{}" not in t]
         if bad:
