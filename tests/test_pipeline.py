@@ -217,6 +217,15 @@ def test_records_left_out_are_counted(tmp_path):
     assert (batch["record"] == 0).all()
 
 
+def test_texts_that_no_record_has_are_named(tmp_path):
+    root = write_folder(tmp_path / "set", [{"id": "a", "image": "a.png", "caption": "x", "labels": ["y"]}])
+    text = {"caption": 1.0, "captoin": 1.0, "{view} of {labels}": 1.0}
+    line = make(Source(root=root, split=None, text=text)).summary()[0]
+    assert line.endswith("; none has the text 'captoin' or '{view} of {labels}'")
+    line = make(Source(root=root, split=None, templates=("a {}",))).summary()[0]
+    assert line.endswith("; templates are not read, since they are forms of the text 'labels'")
+
+
 def test_nothing_to_train_on(tmp_path):
     root = write_folder(tmp_path / "set", [{"id": "a", "image": "a.png", "alt_text": "x"}])
     with pytest.raises(DataError, match="none of its 1 records has what the tasks"):

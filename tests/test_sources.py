@@ -148,6 +148,7 @@ def test_classes_to_balance_by(folder, tmp_path):
         ({"text": {}}, "field names"),
         ({"templates": ("no place",)}, "no '{}'"),
         ({"descriptions": {"cyst": ("dark",)}}, "shows no labels"),
+        ({"phantoms": PHANTOMS, "text_column": "report"}, "records in files"),
     ],
 )
 def test_bad_sources(options, match):

@@ -143,8 +143,13 @@ class Pipeline:
                 for step, total in totals.items()
             )
             balanced = f", balanced by {record_set.config.balance}" if record_set.config.balance else ""
+            unfilled = record_set.unfilled_texts(index) if Need.TEXT in self.needs else []
+            notes = f"; none has the text {' or '.join(map(repr, unfilled))}" if unfilled else ""
+            if record_set.config.templates and "labels" not in dict(record_set.choice.options):
+                notes += "; templates are not read, since they are forms of the text 'labels'"
             lines.append(
                 f"source {record_set.name}: {len(index)} of {len(record_set)} records{why}, share {shares}{balanced}"
+                f"{notes}"
             )
         return lines
 

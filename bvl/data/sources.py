@@ -86,8 +86,16 @@ class Source:
                 f"source {self.label!r}: its augment.flip_horizontal=true mirrors no image while laterality=true "
                 f"says that left and right matter; change one of them"
             )
+        if self.phantoms is not None or self.arrays is not None:
+            if self.image_column != "image" or self.text_column is not None:
+                raise ConfigError(
+                    f"source {self.label!r}: image_column and text_column are of records in files; its texts are "
+                    f"chosen with text="
+                )
         if self.descriptions and not self.choice().reads_labels():
-            raise ConfigError(f"descriptions stand for labels, but text={self.text!r} shows no labels")
+            raise ConfigError(
+                f"source {self.label!r}: descriptions stand for labels, but text={self.text!r} shows no labels"
+            )
         self.choice()
 
     @property
@@ -237,6 +245,17 @@ class RecordSet:
                 f"{', '.join(needs_of_tasks)} need: {reasons}. Fields that its records have: {', '.join(self._fields())}"
             )
         return np.asarray(keep), dict(left_out)
+
+    def unfilled_texts(self, indices: np.ndarray) -> list[str]:
+        """The options of the choice of texts that none of these records can fill, as a misspelt field cannot."""
+        alone = {
+            name: dataclasses.replace(self.choice, options=((name, p),)) for name, p in self.choice.options
+        }
+        return [
+            name
+            for name, choice in alone.items()
+            if not any(choice.offers(self._records[i]) for i in indices)
+        ]
 
     def classes(self, indices: np.ndarray) -> list[np.ndarray] | None:
         """The positions within `indices` of the records of each value of the field `balance`; None without it.
