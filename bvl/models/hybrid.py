@@ -91,7 +91,8 @@ class HybridConfig:
 
 def average_3x3(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
     """Means over 3x3 neighbourhoods at stride 2, of what lies inside the image."""
-    return nn.avg_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)), count_include_pad=False)
+    # Flax divides by counts in float32.
+    return nn.avg_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)), count_include_pad=False).astype(x.dtype)
 
 
 class InvertedBottleneck(nn.Module):
