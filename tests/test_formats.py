@@ -22,6 +22,7 @@ from bvl.data.records import group_of, read_records
 from bvl.data.sources import RecordSet, Source
 from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.data.text_choice import text_id
+from bvl.data.tfds import may_share_examples
 from bvl.data.transforms import Preprocess
 from bvl.errors import ConfigError, DataError, ImageError
 from bvl.evals.base import same_place
@@ -351,9 +352,29 @@ def test_worker_processes_read_every_format(tmp_path, prepared):
 
 
 def test_sources_at_one_place():
-    train, held = Source(tfds="a:1.0.0"), Source(tfds="a:1.0.0", split="val", text="findings")
+    train, held = Source(tfds="a:1.0.0"), Source(tfds="a:2.0.0", split="val", text_column="findings")
     assert same_place(train, held) and not same_place(train, Source(tfds="b:1.0.0"))
     assert not same_place(Source(), Source()) and not same_place(train, Source(root="a"))
+
+
+@pytest.mark.parametrize(
+    "a, b, share",
+    [
+        ("train", "train", True),
+        ("train", "val", False),
+        ("fold-1", "fold-2[:5]", False),
+        ("val", "validation", True),
+        ("train", "train[:80%]", True),
+        ("train[:80%]", "train[80%:]", False),
+        ("train[:80%]", "train[70%:90%]", True),
+        ("train[:80%]", "train[80:]", True),
+        ("train[:80%]+test", "train[90%:]", False),
+        ("train[:80%]+test", "test[:5]", True),
+        ("train[:-5]", "val", True),
+    ],
+)
+def test_splits_that_may_share_examples(a, b, share):
+    assert may_share_examples(a, b) == may_share_examples(b, a) == share
 
 
 def test_importing_needs_none_of_the_packages():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,9 @@ from bvl.data.manifests import Row
 from bvl.errors import DataError
 
 _VALIDATION = ("validation", "valid", "dev")
+_SLICE = re.compile(
+    r"\s*(?P<name>[^\[\]]+?)\s*(?:\[\s*(?P<from>\d*)(?P<unit>%?)\s*:\s*(?P<to>\d*)(?P<unit2>%?)\s*\])?\s*"
+)
 
 
 class TfdsTable:
@@ -104,6 +108,27 @@ class TfdsTable:
 def is_expression(split: str | None) -> bool:
     """Whether a split says more than a name."""
     return split is not None and ("[" in split or "+" in split)
+
+
+def may_share_examples(a: str, b: str) -> bool:
+    """Whether two splits of a TFDS set, names or expressions over them, may have examples in common."""
+    return any(_may_meet(one, other) for one in a.split("+") for other in b.split("+"))
+
+
+def _may_meet(a: str, b: str) -> bool:
+    """`may_share_examples` for one split or slice each; slices apart are those like [:80%] and [80%:]."""
+    found = _SLICE.fullmatch(a), _SLICE.fullmatch(b)
+    if None in found:
+        return True
+    names = {"val" if part["name"] in _VALIDATION else part["name"] for part in found}
+    units = {
+        unit for part in found for end, unit in (part.group("from", "unit"), part.group("to", "unit2")) if end
+    }
+    if len(names) > 1 or len(units) > 1:
+        return len(names) == 1
+    starts = [int(part["from"] or 0) for part in found]
+    ends = [int(part["to"]) if part["to"] else float("inf") for part in found]
+    return max(starts) < min(ends)
 
 
 def _scalar(value: Any, names: list[str] | None) -> Any:

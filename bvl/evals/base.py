@@ -24,6 +24,7 @@ from bvl import config as config_lib
 from bvl.config import Config
 from bvl.data.manifests import find_manifest
 from bvl.data.sources import RecordSet, Source
+from bvl.data.tfds import may_share_examples
 from bvl.errors import ConfigError, DataError, ImageError
 from bvl.metrics.bootstrap import Interval
 from bvl.runs import Components, RunFolder, write_atomic
@@ -165,18 +166,26 @@ class Collector:
 
 def overlaps_training(config: Config, source: Source) -> bool:
     """Whether a run of `config` may have trained on records of `source`: the same place, and no other split."""
+
+    def meet(a: str | None, b: str | None) -> bool:
+        if a is None or b is None or source.tfds is None:
+            return a is None or b is None or a == b
+        return may_share_examples(a, b)
+
     return any(
-        same_place(trained, source)
-        and (None in (trained.split, source.split) or trained.split == source.split)
-        for trained in config.data.sources()
+        same_place(trained, source) and meet(trained.split, source.split) for trained in config.data.sources()
     )
 
 
 def same_place(a: Source, b: Source) -> bool:
-    """Whether two sources read the same file of records, or the same phantoms."""
-    if a.root is None or b.root is None or a.tfds or b.tfds:
-        places = [dataclasses.replace(s.place(), root=None, split=None, tfds_fields={}) for s in (a, b)]
-        return places[0] == places[1] and places[0] != Source(split=None)
+    """Whether two sources read the same file of records, the same set of TFDS, arrays or phantoms."""
+    if a.tfds or b.tfds:
+        # Versions of a set have examples in common.
+        names = [(s.tfds or "").partition(":")[0] for s in (a, b)]
+        return names[0] == names[1]
+    if a.root is None or b.root is None:
+        places = [(s.phantoms, s.arrays) for s in (a, b)]
+        return places[0] == places[1] != (None, None)
     try:
         return find_manifest(Path(a.root)).samefile(find_manifest(Path(b.root)))
     except DataError:
