@@ -113,13 +113,32 @@ class Model:
         )
 
     def evaluate(
-        self, folder: str | Path, *, split: str | None = None, name: str | None = None, batch_size: int = 256
+        self,
+        folder: str | Path,
+        *,
+        split: str | None = None,
+        name: str | None = None,
+        image_column: str | None = None,
+        text_column: str | None = None,
+        texts_per_image: int | None = 1,
+        long_texts: LongTexts = "cut",
+        batch_size: int = 256,
     ) -> dict[str, Any]:
         """Retrieval and zero-shot metrics on a folder of records, as `bvl eval` gives them; nothing is written.
 
         "<suite>/<metric>" -> value, "<suite>/<metric>/ci95" -> [low, high], "<suite>/provenance" -> what they depend on.
+        The options are those of `bvl eval`; texts_per_image=None reads all texts of a record.
         """
-        suites = suites_for(folder, split=split, name=name, config=self.config)
+        suites = suites_for(
+            folder,
+            split=split,
+            name=name,
+            config=self.config,
+            image_column=image_column,
+            text_column=text_column,
+            texts_per_image=texts_per_image,
+            long_texts=long_texts,
+        )
         return evaluate(self.components, suites, batch_size=batch_size).flat()
 
 

@@ -104,13 +104,6 @@ def _parser() -> argparse.ArgumentParser:
         "--out", required=True, help="the .npz to write: ids, image_embed [n, d] and, for records, text_embed"
     )
     embed.add_argument("--split", help="split of the records, default: all")
-    embed.add_argument(
-        "--long-texts",
-        choices=("cut", "chunks"),
-        default="cut",
-        help="texts beyond the model's context: read their beginning (cut, the default), or all of them in pieces "
-        "of whole sentences, whose embeddings are averaged (chunks)",
-    )
     _reading(embed)
 
     data = verbs.add_parser(
@@ -158,6 +151,13 @@ def _reading(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="column that holds the texts; default of both: image and caption or text, else as in the training",
     )
+    parser.add_argument(
+        "--long-texts",
+        choices=("cut", "chunks"),
+        default="cut",
+        help="texts beyond the model's context: read their beginning (cut, the default), or all of them in pieces "
+        "of whole sentences, whose embeddings are averaged (chunks)",
+    )
     parser.add_argument("--checkpoint", default="latest", help='"latest" (default), "best", or a step')
     parser.add_argument("--batch-size", type=_positive, default=64)
 
@@ -201,6 +201,7 @@ def _eval(args: argparse.Namespace) -> int:
         image_column=args.image_column,
         text_column=args.text_column,
         texts_per_image=args.texts_per_image,
+        long_texts=args.long_texts,
     )
     run = RunFolder(args.run_folder)
     metrics = write_eval(run, evaluate(components, suites, batch_size=args.batch_size), name=name)

@@ -125,9 +125,11 @@ def test_options_reach_what_reads_the_records(tmp_path, monkeypatch):
     monkeypatch.setattr("bvl.evals.embed.list_images", record("list", ["items"]))
     monkeypatch.setattr("bvl.evals.embed.embed_to_file", record("embed", None))
     columns = ("--image-column", "file", "--text-column", "report", "--split", "val")
-    assert run("eval", "run", "--data", str(tmp_path), *columns, "--texts-per-image", "all") == 1
+    texts = ("--texts-per-image", "all", "--long-texts", "chunks")
+    assert run("eval", "run", "--data", str(tmp_path), *columns, *texts) == 1
     read = {"image_column": "file", "text_column": "report", "split": "val"}
-    assert calls["eval"] == {**read, "name": tmp_path.name, "config": "config", "texts_per_image": None}
+    texts = {"texts_per_image": None, "long_texts": "chunks"}
+    assert calls["eval"] == {**read, **texts, "name": tmp_path.name, "config": "config"}
     options = ("--long-texts", "chunks", "--batch-size", "3")
     assert run("embed", "run", str(tmp_path), "--out", "x.npz", *columns, *options) == 1
     assert calls["list"] == {**read, "config": None}

@@ -596,7 +596,7 @@ def test_folder_with_several_texts_of_a_record(tmp_path):
         (2, ["findings 0", "impression 0"]),
         (None, ["findings 0", "impression 0"]),
     ):
-        suite = suites_for(root, texts_per_image=count)["retrieval_a"]
-        assert suite.texts_per_image == count
+        suite = suites_for(root, texts_per_image=count, long_texts="chunks")["retrieval_a"]
+        assert (suite.texts_per_image, suite.long_texts) == (count, "chunks")
         pairs, _ = suite._pairs
         assert [text for number, _, text in pairs if number == 0] == texts

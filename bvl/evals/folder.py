@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from bvl.config import Config
+from bvl.data.long_texts import LongTexts
 from bvl.data.records import select_split
 from bvl.data.sources import Source
 from bvl.errors import DataError
@@ -70,6 +71,7 @@ def suites_for(
     image_column: str | None = None,
     text_column: str | None = None,
     texts_per_image: int | None = 1,
+    long_texts: LongTexts = "cut",
 ) -> dict[str, Suite]:
     """The suites of a folder of records, by name: `retrieval_<name>` and `zeroshot_<name>`; what was chosen is logged.
 
@@ -108,7 +110,10 @@ def suites_for(
 
     suites: dict[str, Suite] = {}
     reasons = []
-    makers = {"retrieval": lambda: _retrieval(source, texts_per_image), "zeroshot": lambda: _zeroshot(source)}
+    makers = {
+        "retrieval": lambda: _retrieval(source, texts_per_image, long_texts),
+        "zeroshot": lambda: _zeroshot(source),
+    }
     for suite_name, make in makers.items():
         try:
             suite = make()
@@ -129,8 +134,8 @@ def _trained_splits(config: Config | None, folder: str) -> set[str | None]:
     return {source.split for source in trained if same_place(source, Source(root=folder))}
 
 
-def _retrieval(source: Source, texts_per_image: int | None) -> Suite:
-    suite = Retrieval(source=source, texts_per_image=texts_per_image)
+def _retrieval(source: Source, texts_per_image: int | None, long_texts: LongTexts) -> Suite:
+    suite = Retrieval(source=source, texts_per_image=texts_per_image, long_texts=long_texts)
     record_set = suite.opened()
     records = [record_set.describe(i) for i in range(len(record_set))]
     pictured = [record for record in records if record.get("image") is not None]
