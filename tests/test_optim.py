@@ -13,10 +13,11 @@ from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.errors import ConfigError
 from bvl.mesh import MeshConfig, make_mesh, shardings_of, unbox
+from bvl.models.hybrid import HybridConfig
 from bvl.models.layers import Stack
 from bvl.models.resnet import ResNetConfig
 from bvl.train.optim import OptimConfig, make_optimizer, make_schedule
-from bvl.train.parameters import merge, parameter_name
+from bvl.train.parameters import layer_factors, merge, parameter_name
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -352,6 +353,22 @@ def test_layer_wise_decay(scan):
         for leaf, factor in (("mlp/up/kernel", 1.0), ("mlp/up/bias", 3.0), ("mlp_norm/scale", 1.0)):
             actual = change[prefix + leaf][i] if scan else change[prefix + leaf]
             np.testing.assert_allclose(actual, np.full_like(actual, factor * value), err_msg=prefix + leaf)
+
+
+def test_layer_wise_decay_of_a_hybrid():
+    """What embeds the patches stands between the convolutional stages and the transformer."""
+    config = HybridConfig(widths=(4, 4, 8), depths=(1, 2, 2), num_heads=2)
+    module = config.make(image_size=(32, 32), dtype=jnp.float32)
+    params = unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 32, 32, 3))))["params"]
+    leaves = jax.tree_util.tree_leaves_with_path({"model": {"image": params}})
+    factors = layer_factors({parameter_name(path): x.shape for path, x in leaves}, 0.5)
+    by_part = {name.split("/")[2]: factor for name, factor in factors.items()}
+    assert by_part == {
+        "stem_0": 0.5**6, "stem_norm": 0.5**6, "stem_1": 0.5**6,
+        "stage_0_block_0": 0.5**5, "stage_1_block_0": 0.5**4, "stage_1_block_1": 0.5**3,
+        "patch_norm": 0.25, "patch_embed": 0.25, "positions": 0.25,
+        "stage_2_block_0": 0.25, "stage_2_block_1": 0.5, "norm": 1.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ("adamw", "sgd"))

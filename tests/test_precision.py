@@ -22,7 +22,7 @@ TOWERS = {
     "vit_cls": ViTConfig("XXS/8", pool="cls", stem="conv", pre_norm=True, **VIT),
     "vit_mean": ViTConfig("XXS/8", pool="mean", **VIT),
     "resnet": ResNetConfig("RN50", width=8, stages=(1, 1, 1, 1), drop_path=0.2),
-    "hybrid": HybridConfig("Ti", widths=(8, 16, 16), depths=(1, 1, 1), num_heads=2, drop_path=0.2),
+    "hybrid": HybridConfig(widths=(8, 16, 16), depths=(1, 1, 1), num_heads=2, drop_path=0.2),
     "text": TextConfig(width=16, depth=2, num_heads=2, **RANDOM),
     "text_mean": TextConfig(width=16, depth=2, num_heads=2, causal=False, pool="mean", **RANDOM),
     "bert": BertConfig("tiny", hidden_size=16, num_heads=2, pool="pooler", pool_layers=(1, -1), **RANDOM),

@@ -17,6 +17,8 @@ TOWERS = ("model/image/", "model/text/")
 _LAYER = re.compile(r"(stage|layer|block)_(\d+)(?:_block_(\d+))?")
 # What follows the last layer of a tower; all else outside the layers embeds its input.
 _TOP = re.compile(r"(norm|pool|pooler|head)$")
+# A hybrid embeds the patches of its second last stage's map: part of the last stage's first layer.
+_BETWEEN_STAGES = re.compile(r"patch_|positions$")
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
@@ -73,7 +75,7 @@ def layer_factors(shapes: dict[str, tuple[int, ...]], decay: float) -> dict[str,
     With n layers the embeddings get decay ** (n + 1), layer i of 0..n-1 decay ** (n - i), the last norm, the pooling
     and all outside the towers 1 (BEiT: Bao et al. 2022, arXiv:2106.08254, appendix). A layer is a `block_i` of a
     transformer or a `stage_i_block_j` of a ResNet or hybrid, in the order of the numbers; scanned `blocks` get one
-    factor for each entry of their leading axis.
+    factor for each entry of their leading axis. What embeds a hybrid's patches has the rate of the block above it.
     """
     factors: dict[str, float | np.ndarray] = {}
     for tower in TOWERS:
@@ -82,6 +84,10 @@ def layer_factors(shapes: dict[str, tuple[int, ...]], decay: float) -> dict[str,
             for name, shape in shapes.items()
             if name.startswith(tower)
         }
+        stages = [layer for found in layers.values() for layer in found if not layer[0]]
+        for name in layers:
+            if stages and _BETWEEN_STAGES.match(name.removeprefix(tower)):
+                layers[name] = [(False, max(stages)[1], 0)]
         order = sorted({layer for found in layers.values() for layer in found})
         for name, found in layers.items():
             if not found:
