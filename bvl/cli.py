@@ -255,7 +255,12 @@ def _data_show(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     keys = {name: task.fields() for name, task in config.tasks.items()}
     sheet = contact_sheet(
-        config.data, keys_of_tasks=keys, seed=config.seed, count=args.n, augmented=args.augmented
+        config.data,
+        keys_of_tasks=keys,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        count=args.n,
+        augmented=args.augmented,
     )
     sheet.save(args.out)
     print(f"written: {args.out}")

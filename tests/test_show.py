@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from bvl.data import show
 from bvl.data.phantoms import Phantoms
-from bvl.data.pipeline import DataConfig, Pipeline
+from bvl.data.pipeline import DataConfig, Pipeline, training_texts
 from bvl.data.show import COLOURS, INK, MARGIN, TILE, contact_sheet
 from bvl.data.sources import RecordSet, Source
 from bvl.data.text import Tokenizer, TokenizerConfig
@@ -165,6 +165,35 @@ def test_augmented_pictures_and_texts_are_those_of_the_training():
     first, second = (contact_sheet(config, count=5, augmented=True, **options) for _ in range(2))
     assert first.tobytes() == second.tobytes()
     assert first.tobytes() != contact_sheet(config, count=5, **options).tobytes()
+
+
+def test_scheduled_sources_come_as_in_training(written):
+    """Of steps of two examples, the first step is the first source's, the later ones the other's."""
+    weights = (((0, 1.0), (1, 0.0)), ((0, 0.0), (1, 1.0)))
+    phantoms = Phantoms(num_patients=5, image_size=32)
+    train = tuple(
+        Source(name=f"set {i}", phantoms=phantoms, split=None, weight=w) for i, w in enumerate(weights)
+    )
+    config = DataConfig(train=train, preprocess=Preprocess(image_size=32))
+    contact_sheet(config, batch_size=2, count=6, tokenizer=Tokenizer.train(["a"], config.tokenizer))
+    assert [text[:5] for text in written if text.startswith("set")] == ["set 0"] * 2 + ["set 1"] * 4
+
+
+def test_texts_are_drawn_as_by_tasks_that_read_no_image(written):
+    phantoms = Source(phantoms=Phantoms(num_patients=5, image_size=32), split=None, text="captions")
+    config = DataConfig(
+        train=(phantoms,), preprocess=Preprocess(image_size=32), augment=Augment(brightness=0.5)
+    )
+    sets = [RecordSet(phantoms)]
+    tokenizer = Tokenizer.train(training_texts(sets), config.tokenizer)
+    keys = {"mlm": frozenset({"text", "text_valid"})}
+    pipeline = Pipeline(
+        config, sets=sets, keys_of_tasks=keys, tokenizer=tokenizer, classes=(), batch_size=1, seed=0
+    )
+    for position in range(8):
+        tile = show._tile(pipeline, position, augmented=True, colours={})
+        text = tokenizer.decode(pipeline.example(position)["text"][0])
+        assert tile.lines[-1].text.split("  [cut")[0] == text
 
 
 def test_lines_fit_the_width():

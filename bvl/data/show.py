@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image, ImageDraw, ImageFont
 
+from bvl.data.batch import Need
 from bvl.data.pipeline import DataConfig, Pipeline, training_texts
 from bvl.data.sources import RecordSet
 from bvl.data.text import Tokenizer
@@ -69,10 +70,11 @@ def contact_sheet(
     tokenizer: Tokenizer | None = None,
     keys_of_tasks: dict[str, frozenset[str]] | None = None,
     seed: int = 0,
+    batch_size: int = 1,
     count: int = 24,
     augmented: bool = False,
 ) -> Image.Image:
-    """A grid of the first `count` examples of a training run, in their order.
+    """A grid of the first `count` examples of a training run with this `seed` and `batch_size`, in their order.
 
     augmented: as in training, with the run's own randomness; else as in evaluation, with each record's first text.
     Texts are shown as they come back from the token ids, so that what is cut or unknown can be seen.
@@ -88,7 +90,7 @@ def contact_sheet(
         keys_of_tasks=keys_of_tasks or {"show": frozenset({"image"})},
         tokenizer=_make_tokenizer(config, sets) if tokenizer is None else tokenizer,
         classes=(),
-        batch_size=count,
+        batch_size=batch_size,
         seed=seed,
     )
     colours: dict[str, Colour] = {}
@@ -113,8 +115,9 @@ def _tile(pipeline: Pipeline, position: int, *, augmented: bool, colours: dict[s
     height, width = config.preprocess.height_width
     scale = max(1, round(TILE / max(height, width)))
     lines = [_Line(f"{record_set.name}: {record['id']}", FAINT)]
-    # The order of draws is the pipeline's: first the image, then the text.
+    # The order of draws is the pipeline's: first the image, where a task reads it, then the text.
     rng = np.random.default_rng((pipeline.seed, position))
+    random = augmented and Need.IMAGE in pipeline.needs
     picture = Image.new("RGB", (width * scale, height * scale), (225, 225, 225))
     try:
         record = record_set.load(index, mask=True)
@@ -125,8 +128,8 @@ def _tile(pipeline: Pipeline, position: int, *, augmented: bool, colours: dict[s
             shown = apply(
                 record["image"],
                 preprocess=config.preprocess,
-                augment=config.augment_of(record_set.config) if augmented else None,
-                rng=rng if augmented else None,
+                augment=config.augment_of(record_set.config) if random else None,
+                rng=rng if random else None,
                 boxes=np.array(boxes, np.float64).reshape(-1, 4),
                 mask=record.get("mask"),
                 allow_horizontal_flip=not record_set.config.laterality,
