@@ -240,9 +240,15 @@ class RecordSet:
                 left_out["without " + " and ".join(sorted(n.value for n in min(absent, key=len)))] += 1
         if not keep:
             reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
+            read = (
+                f", text={self.config.text!r}"
+                if Need.TEXT in frozenset().union(*needs_of_tasks.values())
+                else ""
+            )
             raise DataError(
-                f"source {self.name!r} (split {self.config.split!r}): none of its {len(self)} records has what the tasks "
-                f"{', '.join(needs_of_tasks)} need: {reasons}. Fields that its records have: {', '.join(self._fields())}"
+                f"source {self.name!r} (split {self.config.split!r}{read}): none of its {len(self)} records has what the "
+                f"tasks {', '.join(needs_of_tasks)} need: {reasons}. Fields that its records have: "
+                f"{', '.join(self._fields())}"
             )
         return np.asarray(keep), dict(left_out)
 
