@@ -33,7 +33,7 @@ class Centre(Task):
         return View("image", frozenset({"embed", "tokens"})), *teacher
 
     def heads(self, info: ModelInfo) -> dict[str, Head]:
-        return {"project": Head(Dense(info.embed_dim, names=("embed", None)), (info.embed_dim,))}
+        return {"project": Head(Dense(info.embed_dim, names=("embed", None)), ((info.embed_dim,),))}
 
     def init_extra(self, info: ModelInfo):
         return {

@@ -1,5 +1,8 @@
 """bfloat16 reaches every tower: by shapes and traced programs alone, nothing is computed."""
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,10 +10,13 @@ from jax.extend import core
 
 from bvl.mesh import unbox
 from bvl.models.bert import BertConfig
+from bvl.models.features import TextFeatures
 from bvl.models.hybrid import HybridConfig
 from bvl.models.resnet import ResNetConfig
 from bvl.models.text import TextConfig
 from bvl.models.vit import ViTConfig
+from bvl.tasks.base import ModelInfo
+from bvl.tasks.mlm import MaskedLanguageModel
 
 KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
 IMAGE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.bfloat16)
@@ -68,3 +74,30 @@ def test_features_and_products_are_bfloat16(name):
         assert {x.dtype for x in jax.tree.leaves(arrays)} <= {jnp.dtype(jnp.bfloat16)}, field
     assert {x.dtype for x in jax.tree.leaves((params, grads, sown))} == {jnp.dtype(jnp.float32)}
     assert not list(products_in_float32(jaxpr))
+
+
+def test_masked_language_modelling():
+    """The product with the vocabulary is in bfloat16, its sums, the softmax and the loss in float32."""
+    task = MaskedLanguageModel()
+    info = ModelInfo(16, 16, 16, (), vocab_size=23, mask_id=3, special_ids=(0, 1, 2), dtype=jnp.bfloat16)
+    heads = task.heads(info)
+    key = jax.random.key(0)
+    params = unbox({name: jax.eval_shape(head.init, key) for name, head in heads.items()})
+    batch = {f"mlm/{name}": jnp.zeros((2, 1, 3), jnp.int32) for name in ("slots", "targets")}
+    batch["mlm/chosen"] = jnp.ones((2, 1, 3), bool)
+
+    def loss(params, table, tokens):
+        applied = {
+            n: functools.partial(head.module.apply, {"params": params[n]}) for n, head in heads.items()
+        }
+        features = {"mlm/text": TextFeatures(tokens=tokens)}
+        return task.loss(
+            SimpleNamespace(batch=batch, features=features, heads=applied, token_embed=table)
+        ).loss
+
+    table = jax.ShapeDtypeStruct((23, 16), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((2, 8, 16), jnp.bfloat16)
+    jaxpr, out = jax.make_jaxpr(loss, return_shape=True)(params, table, tokens)
+    assert out.dtype == jnp.float32 and not list(products_in_float32(jaxpr))
+    products = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert products[-1].outvars[0].aval.dtype == jnp.float32

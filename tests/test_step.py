@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from bvl.errors import ConfigError
 from bvl.mesh import MeshConfig, init_sharded, make_mesh, to_global, unbox
 from bvl.models.vlm import DualEncoder
 from bvl.runs import build_model
-from bvl.tasks.base import ModelInfo, View
+from bvl.tasks.base import Head, ModelInfo, View
 from bvl.tasks.classify import Classify
 from bvl.tasks.contrastive import Contrastive
 from bvl.tasks.mlm import MaskedLanguageModel
@@ -124,6 +125,20 @@ def run(program, batches, **options):
 def three_steps():
     """All three tasks, an average of the parameters, three steps."""
     return run(make_program(TASKS, ema_decay=0.15), data()[1])
+
+
+def test_a_head_of_several_inputs():
+    """Of any type, such as the tokens that a decoder reads."""
+
+    class Decoder(nn.Module):
+        @nn.compact
+        def __call__(self, tokens, image):
+            return nn.Embed(7, 4)(tokens).sum(1) + nn.Dense(4)(image)
+
+    params = Head(Decoder(), (jax.ShapeDtypeStruct((3,), jnp.int32), (5,))).init(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == {
+        "Embed_0": {"embedding": (7, 4)}, "Dense_0": {"kernel": (5, 4), "bias": (4,)}
+    }  # fmt: skip
 
 
 def test_the_step_is_blind_to_tasks():

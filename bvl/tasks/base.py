@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -36,10 +37,18 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """An extra module of a task and the shape of its input without the batch axis."""
+    """An extra module of a task and its inputs without the batch axis: shapes of float32, or shape and type."""
 
     module: nn.Module
-    input_shape: tuple[int, ...]
+    inputs: tuple[tuple[int, ...] | jax.ShapeDtypeStruct, ...]
+
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters, boxed."""
+        structs = (
+            x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(x, jnp.float32)
+            for x in self.inputs
+        )
+        return self.module.init(key, *(jnp.zeros((1, *x.shape), x.dtype) for x in structs))["params"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +56,7 @@ class ModelInfo:
     """What a task may need to know to make its heads and to prepare its inputs.
 
     vocab_size, mask_id, special_ids: of the tokenizer; mask_id is None where its vocabulary has no mask token.
+    dtype: what the towers compute in.
     """
 
     image_width: int
@@ -56,6 +66,7 @@ class ModelInfo:
     vocab_size: int = 0
     mask_id: int | None = None
     special_ids: tuple[int, ...] = ()
+    dtype: Any = jnp.float32
 
 
 @dataclasses.dataclass(frozen=True)

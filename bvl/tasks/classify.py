@@ -49,7 +49,7 @@ class Classify(Task):
             raise ConfigError(
                 f"class_weights names {', '.join(sorted(unknown))}; classes are {', '.join(info.classes)}"
             )
-        return {"linear": Head(Dense(len(info.classes), names=("embed", "classes")), (info.image_width,))}
+        return {"linear": Head(Dense(len(info.classes), names=("embed", "classes")), ((info.image_width,),))}
 
     def loss(self, ctx: Context) -> LossOutput:
         logits = ctx.heads["linear"](ctx.features["image"].pooled.astype(jnp.float32))

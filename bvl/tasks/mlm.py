@@ -54,8 +54,8 @@ class MaskedLanguageModel(Task):
                 f"{', '.join(ROLES['mask'])}. Add one to its file, or let bvl train a tokenizer"
             )
         return {
-            "transform": Head(MlmTransform(), (info.text_width,)),
-            "bias": Head(VocabularyBias(), (info.vocab_size,)),
+            "transform": Head(MlmTransform(dtype=info.dtype), ((info.text_width,),)),
+            "bias": Head(VocabularyBias(), ((info.vocab_size,),)),
         }
 
     def prepare(self, batch: dict[str, jax.Array], keys: RowKeys, info: ModelInfo) -> dict[str, jax.Array]:
@@ -95,11 +95,12 @@ class MaskedLanguageModel(Task):
         )
         hidden = jnp.take_along_axis(ctx.features["mlm/text"].tokens, slots[..., None], axis=1)
         hidden = ctx.heads["transform"](hidden)
-        logits = ctx.heads["bias"](jnp.einsum("nsd,vd->nsv", hidden, ctx.token_embed))
-        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+        words = ctx.token_embed.astype(hidden.dtype)
+        logits = jnp.einsum("nsd,vd->nsv", hidden, words, preferred_element_type=jnp.float32)
+        log_probs = jax.nn.log_softmax(ctx.heads["bias"](logits))
         nll = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
         total, count = jnp.where(chosen, nll, 0.0).sum(), chosen.sum().astype(jnp.float32)
-        correct = ((logits.argmax(-1) == targets) & chosen).sum()
+        correct = ((log_probs.argmax(-1) == targets) & chosen).sum()
         return LossOutput(
             total / jnp.maximum(count, 1.0), {"loss": (total, count), "accuracy": (correct, count)}
         )

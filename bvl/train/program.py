@@ -68,8 +68,7 @@ class Program:
         for i, (name, task) in enumerate(self.tasks.items()):
             for j, (head_name, head) in enumerate(task.heads(self.info).items()):
                 head_key = jax.random.fold_in(jax.random.fold_in(key, 1 + i), j)
-                variables = head.module.init(head_key, jnp.zeros((1, *head.input_shape), jnp.float32))
-                heads.setdefault(name, {})[head_name] = variables["params"]
+                heads.setdefault(name, {})[head_name] = head.init(head_key)
         return {"model": model, "heads": heads}
 
     def init_state(self, key: jax.Array, optimizer: Optimizer) -> TrainState:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import tokenizers
 from jax.sharding import Mesh
@@ -193,6 +194,7 @@ def build_program(config: Config, data: Data, frozen: dict[str, Components], mes
             vocab_size=data.tokenizer.vocab_size,
             mask_id=data.tokenizer.mask_id,
             special_ids=data.tokenizer.special_ids,
+            dtype=jnp.dtype(config.precision),
         ),
         mesh=mesh,
         seed=config.seed,
