@@ -10,7 +10,7 @@ from bvl.mesh import unbox
 from bvl.models.hybrid import HybridConfig
 
 # The trunks of timm 1.0 without a head.
-PUBLISHED = {"S": 21877696, "B": 87132032, "L": 332531616}
+PUBLISHED = {"ViTamin-S": 21877696, "ViTamin-B": 87132032, "ViTamin-L": 332531616}
 TINY = dict(widths=(4, 8, 16), depths=(1, 1, 2), num_heads=2)
 
 
@@ -29,13 +29,15 @@ def test_parameter_counts_are_the_published_ones():
 @pytest.mark.parametrize("positions", [True, False])
 def test_shapes_levels_and_other_sizes(positions):
     config = HybridConfig(positions=positions, **TINY)
-    model, params = make(config)
+    model = config.make(image_size=(32, 32), dtype=jnp.float32)
+    params = unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     assert ("positions" in params["params"]) == positions
-    out = model.apply(params, jax.random.normal(jax.random.key(1), (2, 32, 48, 3)), levels=True)
+    image = jnp.zeros((2, 32, 48, 3))
+    out = jax.eval_shape(lambda params: model.apply(params, image, levels=True), params)
     assert out.grid == (2, 3)
     assert out.pooled.shape == (2, config.output_width) == (2, 16)
+    assert out.tokens.shape == (2, 6, 16)
     assert [level.shape[1:] for level in out.levels] == [(8, 12, 4), (4, 6, 8), (2, 3, 16)]
-    np.testing.assert_array_equal(out.levels[-1].reshape(2, 6, 16), out.tokens)
 
 
 def test_training_reaches_every_parameter_and_drops_paths():
@@ -47,25 +49,26 @@ def test_training_reaches_every_parameter_and_drops_paths():
     @jax.jit
     def run(keys):
         def loss(params):
-            pooled = model.apply(params, image, keys=keys).pooled
-            return (pooled * weights).sum(), pooled
+            out = model.apply(params, image, keys=keys, levels=True)
+            return (out.pooled * weights).sum(), out
 
         return jax.grad(loss, has_aux=True)(params)
 
-    grads, pooled = run(jax.random.split(jax.random.key(3), 4))
+    grads, out = run(jax.random.split(jax.random.key(3), 4))
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads["params"]):
         name = jax.tree_util.keystr(path)
         # Softmax does not see a constant added to all keys.
         if "'key']['bias" not in name:
             assert jnp.any(gradient != 0), name
-    assert jnp.any(pooled != run(jax.random.split(jax.random.key(4), 4))[1])
+    assert jnp.any(out.pooled != run(jax.random.split(jax.random.key(4), 4))[1].pooled)
+    np.testing.assert_array_equal(out.levels[-1].reshape(out.tokens.shape), out.tokens)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(variant="ViTamin-B"), "nearest is 'B'"),
-        (dict(variant="s"), "nearest is 'S'"),
+        (dict(variant="ViTaminB"), "nearest is 'ViTamin-B'"),
+        (dict(variant="vitamin_s"), "nearest is 'ViTamin-S'"),
         (dict(num_heads=5), "num_heads=5"),
         (dict(depths=(1, 0, 1)), "at least 1"),
         (dict(drop_path=-0.1), "drop_path"),

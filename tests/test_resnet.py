@@ -1,7 +1,5 @@
 """ResNet towers: shapes, pooling, sizes, gradients, published parameter counts."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,18 +46,16 @@ def test_parameter_counts_are_the_published_ones():
 @pytest.mark.parametrize("variant", ["RN50", "ResNet18", "ResNet50"])
 def test_shapes_levels_and_other_sizes(variant):
     config = ResNetConfig(variant, **TINY)
-    model, params = make(config)
+    model = config.make(image_size=(64, 64), dtype=jnp.float32)
+    params = unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
     # Another size and aspect ratio than the positions were made for.
-    image = jax.random.normal(jax.random.key(1), (2, 64, 96, 3))
-    out = model.apply(params, image, levels=True)
+    image = jnp.zeros((2, 64, 96, 3))
+    out = jax.eval_shape(lambda params: model.apply(params, image, levels=True), params)
     assert out.grid == (2, 3)
     assert out.pooled.shape == (2, config.output_width)
     assert out.tokens.shape == (2, 6, config.output_width)
     assert [level.shape[1:3] for level in out.levels] == [(16, 24), (8, 12), (4, 6), (2, 3)]
-    np.testing.assert_array_equal(out.levels[-1].reshape(2, 6, -1), out.tokens)
-    assert model.apply(params, image).levels is None
-    if config.pooling == "mean":
-        np.testing.assert_allclose(out.pooled, out.tokens.mean(1), rtol=1e-5)
+    assert jax.eval_shape(lambda params: model.apply(params, image), params).levels is None
 
 
 def test_training_step_reaches_every_parameter():
@@ -102,21 +98,23 @@ def test_frozen_norm_keeps_rows_apart():
     model, params = make(config)
     image = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
     keys = jax.random.split(jax.random.key(2), 2)
-    run = jax.jit(lambda image: model.apply(params, image, keys=keys).pooled)
-    changed = run(image.at[1].add(1.0))
-    np.testing.assert_allclose(changed[0], run(image)[0], atol=1e-6)
-    assert jnp.any(changed[1] != run(image)[1])
+    run = jax.jit(lambda image: model.apply(params, image, keys=keys, levels=True))
+    out, changed = run(image), run(image.at[1].add(1.0)).pooled
+    np.testing.assert_allclose(changed[0], out.pooled[0], atol=1e-6)
+    assert jnp.any(changed[1] != out.pooled[1])
+    np.testing.assert_array_equal(out.levels[-1].reshape(out.tokens.shape), out.tokens)
+    np.testing.assert_allclose(out.pooled, out.tokens.mean(1), rtol=1e-5)
 
 
 def test_pool_of_either_kind():
     assert ResNetConfig("RN50").pooling == "attention"
     assert ResNetConfig("ResNet50").pooling == "mean"
-    config = ResNetConfig("RN50", pool="mean", **TINY)
-    _, params = make(config)
-    assert "pool" not in params["params"]
-    config = dataclasses.replace(config, variant="ResNet50", pool="attention")
-    model, params = make(config)
-    assert model.apply(params, jnp.zeros((1, 64, 64, 3))).pooled.shape == (1, config.output_width)
+    for variant, pool in (("RN50", "mean"), ("ResNet50", "attention")):
+        config = ResNetConfig(variant, pool=pool, **TINY)
+        model = config.make(image_size=(64, 64), dtype=jnp.float32)
+        out, params = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+        assert ("pool" in params["params"]) == (pool == "attention")
+        assert out.pooled.shape == (1, config.output_width)
 
 
 @pytest.mark.parametrize(

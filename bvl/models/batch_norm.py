@@ -19,7 +19,7 @@ def _ones_init(*names: str | None):
     return nn.with_partitioning(nn.initializers.ones_init(), names)
 
 
-def last(_: Any, new: Any) -> Any:
+def _latest(_: Any, new: Any) -> Any:
     return new
 
 
@@ -103,5 +103,5 @@ class BatchNorm(nn.Module):
         unbiased = variance * (count / max(count - 1, 1))
         for name, old, new in (("mean", running_mean, mean), ("var", running_var, unbiased)):
             moved = jax.lax.stop_gradient(old + self.momentum * (new - old))
-            self.sow("statistics", f"running_{name}", moved, reduce_fn=last)
+            self.sow("statistics", f"running_{name}", moved, reduce_fn=_latest)
         return y

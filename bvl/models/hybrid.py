@@ -27,23 +27,23 @@ EPSILON = 1e-6
 # name: (channels of the two convolutional stages and of the transformer, depths of the same, heads).
 # S, B, L: Chen et al. 2024, table 5. Ti is ours, for laptops.
 VARIANTS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], int]] = {
-    "Ti": ((32, 64, 192), (1, 2, 6), 3),
-    "S": ((64, 128, 384), (2, 4, 14), 6),
-    "B": ((128, 256, 768), (2, 4, 14), 12),
-    "L": ((160, 320, 1024), (2, 4, 31), 16),
+    "ViTamin-Ti": ((32, 64, 192), (1, 2, 6), 3),
+    "ViTamin-S": ((64, 128, 384), (2, 4, 14), 6),
+    "ViTamin-B": ((128, 256, 768), (2, 4, 14), 12),
+    "ViTamin-L": ((160, 320, 1024), (2, 4, 31), 16),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class HybridConfig:
-    """`variant`: ViTamin-S, -B, -L by their letter, or Ti; widths, depths and heads override its numbers.
+    """`variant`: ViTamin-Ti, -S, -B or -L; widths, depths and num_heads override its numbers.
 
     positions: learned position embeddings, resampled for other image sizes; without, the convolutions alone tell
       where things are (as the paper's largest model does).
     drop_path: stochastic depth, the rate of the last block; it rises linearly from 0 at the first.
     """
 
-    variant: str = "S"
+    variant: str = "ViTamin-S"
     widths: tuple[int, int, int] | None = None
     depths: tuple[int, int, int] | None = None
     num_heads: int | None = None

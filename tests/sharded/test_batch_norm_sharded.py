@@ -29,5 +29,6 @@ def test_eight_devices_equal_one():
     put = jax.device_put
     got = run(put(params, replicated(mesh)), put(image, rows), put(keys, rows))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        bound = 1e-4 * max(float(np.abs(b).max()), 1e-3)
+        # Some gradients are 0 but for rounding, such as those of the keys' bias.
+        bound = 1e-4 * max(float(np.abs(b).max()), 0.1)
         np.testing.assert_allclose(a, b, atol=bound, rtol=0, err_msg=jax.tree_util.keystr(path))
