@@ -93,6 +93,7 @@ def test_initial_scale_of_the_embeddings():
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"drop_path": -0.1}, "drop_path"),
         ({"width": 10, "num_heads": 3}, "not divisible"),
+        ({"mlp_hidden": 0}, "must be at least 1"),
     ],
 )
 def test_options_that_make_no_sense(options, message):

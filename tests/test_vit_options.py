@@ -230,6 +230,10 @@ def test_bad_options():
         ViTConfig(patch_dropout=1.0)
     with pytest.raises(ConfigError, match="blocks are numbered 0 to 11"):
         ViTConfig(levels=(12,))
+    for option in ("width", "depth", "num_heads", "mlp_hidden"):
+        with pytest.raises(ConfigError, match="must be at least 1"):
+            ViTConfig(**{option: 0})
+    assert ViTConfig("B/16", width=96, num_heads=3).sizes == (96, 12, 3, 384)
     with pytest.raises(ConfigError, match="needs embed_dim=384"):
         DualEncoderConfig(image_projection="none")
     with pytest.raises(ConfigError, match=r"nearest is \(224, 224\)"):

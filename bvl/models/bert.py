@@ -13,7 +13,16 @@ from jaxtyping import Array, Bool, Float, Int
 from bvl.errors import ConfigError
 from bvl.models.dropout import RowKeys, check_rates, dropout, fold
 from bvl.models.features import TextFeatures
-from bvl.models.layers import Dense, LayerNorm, RematPolicy, Stack, gelu, normal_init, zeros_init
+from bvl.models.layers import (
+    Dense,
+    LayerNorm,
+    RematPolicy,
+    Stack,
+    gelu,
+    normal_init,
+    override_sizes,
+    zeros_init,
+)
 from bvl.models.text import check_length, check_sizes, pool_tokens
 
 # name: (width, depth, num_heads, mlp_hidden). base, large: Devlin et al. 2019. pubmedbert: Gu et al. 2020
@@ -78,15 +87,8 @@ class BertConfig:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """(width, depth, num_heads, mlp_hidden) with the overrides applied."""
-        table = VARIANTS[self.variant]
-        width = table[0] if self.hidden_size is None else self.hidden_size
-        # An overridden width scales the MLP with it, unless that is given too.
-        hidden = table[3] if width == table[0] else 4 * width
-        given = (self.depth, self.num_heads, self.mlp_hidden)
-        depth, heads, hidden = (
-            d if g is None else g for g, d in zip(given, (table[1], table[2], hidden), strict=True)
-        )
-        return width, depth, heads, hidden
+        given = (self.hidden_size, self.depth, self.num_heads, self.mlp_hidden)
+        return override_sizes(VARIANTS[self.variant], given)
 
     @property
     def width(self) -> int:

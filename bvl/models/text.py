@@ -48,7 +48,7 @@ class TextConfig:
     remat: RematPolicy = "none"
 
     def __post_init__(self):
-        check_sizes((self.width, self.depth, self.num_heads, self.mlp_hidden or 1))
+        check_sizes(self.sizes)
         check_rates("text", dropout=self.dropout, drop_path=self.drop_path)
         if self.causal and self.pool == "cls":
             raise ConfigError("text pool='cls': under a causal mask the first token sees no other; use 'end'")
@@ -57,6 +57,12 @@ class TextConfig:
                 "text pool='last' reads the last position, which is padding for most texts: it needs "
                 "attend_padding=True; for the last text token use pool='end'"
             )
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(width, depth, num_heads, mlp_hidden)."""
+        hidden = 4 * self.width if self.mlp_hidden is None else self.mlp_hidden
+        return self.width, self.depth, self.num_heads, hidden
 
     def make(
         self, *, vocab_size: int, context_length: int, pad_id: int, end_id: int, dtype: Any = jnp.float32
@@ -96,7 +102,7 @@ class TextTransformer(nn.Module):
         x = Stack(
             depth=config.depth,
             num_heads=config.num_heads,
-            mlp_hidden=config.mlp_hidden or 4 * config.width,
+            mlp_hidden=config.sizes[3],
             causal=config.causal,
             activation=config.activation,
             norm_epsilon=config.norm_epsilon,

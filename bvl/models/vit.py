@@ -24,6 +24,7 @@ from bvl.models.layers import (
     RematPolicy,
     Stack,
     normal_init,
+    override_sizes,
     zeros_init,
 )
 
@@ -114,10 +115,7 @@ class ViTConfig:
     def sizes(self) -> tuple[int, int, int, int]:
         """(width, depth, num_heads, mlp_hidden) with the overrides applied."""
         table = VARIANTS[self.variant.partition("/")[0]]
-        width = self.width or table[0]
-        # An overridden width scales the MLP with it, unless that is given too.
-        hidden = self.mlp_hidden or (table[3] if width == table[0] else 4 * width)
-        return width, self.depth or table[1], self.num_heads or table[2], hidden
+        return override_sizes(table, (self.width, self.depth, self.num_heads, self.mlp_hidden))
 
     @property
     def output_width(self) -> int:
