@@ -10,6 +10,7 @@ file.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import subprocess
 import sys
@@ -116,15 +117,19 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/targets"), help="where the run folders go")
     parser.add_argument("--figures", type=Path, help="the folder openstax_figures")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     arms = [a for a in args.arms if args.figures is not None or not a.startswith("figures")]
     kept = HERE / "results.json"
     results = json.loads(kept.read_text()) if kept.is_file() else {}
     # Seed by seed, so that an early stop still leaves whole comparisons behind.
-    for seed in SEEDS:
-        for arm in arms:
-            metrics = train(arm, seed, args.runs, args.figures)
+    runs = [(arm, seed) for seed in SEEDS for arm in arms]
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(train, *run, args.runs, args.figures): run for run in runs}
+        for future in concurrent.futures.as_completed(futures):
+            arm, seed = futures[future]
+            metrics = future.result()
             wanted = {m: v for m, v in metrics.items() if m in PHANTOM_METRICS + FIGURE_METRICS}
             wanted |= {m: v for m, v in metrics.items() if m.endswith(("/chance", "/ci95")) and "_r10" in m}
             results.setdefault(arm, {})[str(seed)] = wanted
