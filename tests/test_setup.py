@@ -1,10 +1,14 @@
 """Where a run starts."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from tiny_run import fast_compilation, saved_items, tiny_config  # noqa: F401
 
+from bvl.data.sources import Source
+from bvl.errors import DataError
 from bvl.train.loop import train
 from bvl.train.optim import OptimConfig
 
@@ -23,3 +27,11 @@ def test_an_optimizer_with_parameters_of_its_own_starts_from_those_of_the_other_
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
     jax.tree.map(close, second["params"]["model"], first["params"]["model"])
     jax.tree.map(close, second["ema"]["model"], first["params"]["model"])
+
+
+def test_records_without_the_text_are_named_before_a_tokenizer_is_made(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,report\n0.png,a spot\n1.png,a ring\n")
+    config = tiny_config(tmp_path / "run")
+    data = dataclasses.replace(config.data, train=(Source(root=str(tmp_path), split=None),))
+    with pytest.raises(DataError, match="text='caption'.*2 without text.*Fields .* image, report"):
+        train(dataclasses.replace(config, data=data))

@@ -81,11 +81,15 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
     elif options.path is not None:
         tokenizer = Tokenizer.load(options.path, options.context_length, options.lowercase)
     else:
-        keys = frozenset().union(*(task.fields() for task in config.tasks.values()))
-        if Need.TEXT not in needs_of(keys) and not any(text.strip() for text in training_texts(sets)):
-            tokenizer = _special_tokens_only(options)
-        else:
+        needs = {name: needs_of(task.fields()) for name, task in config.tasks.items()}
+        if any(text.strip() for text in training_texts(sets)):
             tokenizer = Tokenizer.train(training_texts(sets), options)
+        elif Need.TEXT in frozenset().union(*needs.values()):
+            for record_set in sets:
+                record_set.usable(needs)  # says which fields there are instead
+            raise DataError("no training record has a text, and a task reads texts")
+        else:
+            tokenizer = _special_tokens_only(options)
     if not run.tokenizer.is_file():
         temporary = run.tokenizer.with_name("tokenizer.json.tmp")
         tokenizer.save(temporary)
