@@ -151,6 +151,8 @@ def test_classes_to_balance_by(folder, tmp_path):
     [
         ({"root": "x", "phantoms": PHANTOMS}, "not both"),
         ({"weight": 0.0}, "above 0"),
+        ({"weight": float("inf")}, "above 0"),
+        ({"weight": ((0, float("nan")), (5, 1.0))}, "finite"),
         ({"weight": ((5, 1.0), (0, 1.0))}, "order of their steps"),
         ({"text": {}}, "field names"),
         ({"templates": ("no place",)}, "no '{}'"),

@@ -7,6 +7,7 @@ which of its records that is. Nothing depends on earlier positions, so a resume 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,12 +26,14 @@ Weight = float | tuple[tuple[int, float], ...]
 
 
 def check_weight(weight: Weight) -> None:
-    """Raises ConfigError unless the weight is above 0, at some step if it is a schedule."""
+    """Raises ConfigError unless the weight is finite and above 0, at some step if it is a schedule."""
     if not isinstance(weight, tuple):
-        if not weight > 0:
-            raise ConfigError(f"weight={weight} must be above 0")
+        if not 0 < weight < math.inf:
+            raise ConfigError(f"weight={weight} must be a number above 0")
         return
     steps = [step for step, _ in weight]
+    if not all(math.isfinite(w) for _, w in weight):
+        raise ConfigError(f"weight={weight}: every weight must be a finite number")
     if not steps or steps[0] < 0 or sorted(set(steps)) != steps:
         raise ConfigError(f"weight={weight}: give (step, weight) points in the order of their steps")
     if min(w for _, w in weight) < 0 or max(w for _, w in weight) <= 0:
