@@ -68,6 +68,15 @@ def test_every_format_of_records_gives_the_same(tmp_path, records, components):
     np.testing.assert_array_equal(several["image_embed"][5:], image)
 
 
+def test_a_record_gives_its_first_text(tmp_path):
+    records = [
+        {"image": "0.png", "findings": "a spot", "impression": "a nodule"},
+        {"image": "1.png", "impression": "normal"},
+    ]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert [item.text for item in list_images([tmp_path])] == ["a spot", "normal"]
+
+
 def test_long_texts_are_cut_or_read_whole(tmp_path, records, components, caplog):
     _, cut = embed(components, [tmp_path / "jsonl"], tmp_path / "x.npz")
     assert "1 of 3 texts are longer" in caplog.text

@@ -60,7 +60,9 @@ def list_images(
     Raises DataError for a place without images, and for a split or columns where no place has records.
     """
     extensions = tuple(Image.registered_extensions())
-    choice = TextChoice.of({"caption": 4.0, "alt_text": 3.0, "class_prompt": 2.0, "findings": 1.0})
+    choice = TextChoice.of(
+        {"caption": 5.0, "alt_text": 4.0, "class_prompt": 3.0, "findings": 2.0, "impression": 1.0}
+    )
     found: list[Item] = []
     any_records = False
     for place in map(Path, places):
