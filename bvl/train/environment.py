@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from bvl.runs import RunFolder, write_atomic
 
 # Options of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -96,3 +99,12 @@ def keep_freed_memory() -> None:
         return
     for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
         libc.mallopt(option, value)
+
+
+def note_start(run: RunFolder, step: int, licences: dict[str, dict[str, int]]) -> None:
+    """Add this start to the list in env.json."""
+    starts = json.loads(run.env.read_text()) if run.env.is_file() else []
+    # Run folders of older versions hold the last start alone.
+    starts = starts if isinstance(starts, list) else [starts]
+    starts.append({"from_step": step, **describe_environment(licences)})
+    write_atomic(run.env, json.dumps(starts, indent=2) + "\n")

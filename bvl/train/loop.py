@@ -23,7 +23,7 @@ from bvl.mesh import check_batch_size, make_mesh, replicated, to_global
 from bvl.runs import Components, Encoder, RunFolder, load_components, write_atomic
 from bvl.train.bad_records import BadRecords
 from bvl.train.early_stop import EarlyStop, early_stop_at
-from bvl.train.environment import describe_environment, enable_compilation_cache
+from bvl.train.environment import enable_compilation_cache, note_start
 from bvl.train.metrics_log import MetricsLog, ProgressLines
 from bvl.train.optim import make_schedule
 from bvl.train.profile import StepTrace
@@ -119,7 +119,7 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
             if step < config.steps:
                 logger.info("stopped early: %s", early_stop)
             return 0
-        _note_start(run, step, data.licences)
+        note_start(run, step, data.licences)
         components = Components(
             model=program.model,
             params=None,
@@ -146,15 +146,6 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
         return loop.run_to_end(state, sums)
     finally:
         checkpoints.close()
-
-
-def _note_start(run: RunFolder, step: int, licences: dict[str, dict[str, int]]) -> None:
-    """Add this start to the list in env.json."""
-    starts = json.loads(run.env.read_text()) if run.env.is_file() else []
-    # Run folders of older versions hold the last start alone.
-    starts = starts if isinstance(starts, list) else [starts]
-    starts.append({"from_step": step, **describe_environment(licences)})
-    write_atomic(run.env, json.dumps(starts, indent=2) + "\n")
 
 
 @dataclasses.dataclass
@@ -273,7 +264,7 @@ class _Loop:
         missing = [(option, m) for option, m in named_metrics(self.config).items() if m not in scores]
         if not missing:
             return
-        # Where checkpoints are, one more could push the best of them out; where none is, the work would be lost.
+        # One more checkpoint could push the best out; where there is none, the work would be lost.
         if not self.checkpoints.steps():
             self.checkpoints.save(step, checkpoint_items(state, sums), scores)
             self.checkpoints.wait()

@@ -64,7 +64,10 @@ class JsonLines:
 
 
 class MetricsLog:
-    """One row a logged step, {"step", "loss/...", "lr", "time/..."}, and one an evaluation, {"step", "eval/..."}; rows after `resume_step` are dropped first."""
+    """One row a logged step, {"step", "loss/...", "lr", "time/..."}, with "eval/..." where it was evaluated.
+
+    Rows after `resume_step` are dropped first.
+    """
 
     def __init__(self, path: Path, *, resume_step: int, tensorboard: bool, wandb: WandbLog | None = None):
         drop_rows_after(path, resume_step)

@@ -46,10 +46,11 @@ class OptimConfig:
     Patterns are regular expressions searched in names such as "model/image/stack/block_0/mlp/up/kernel".
     lr_multipliers: pattern -> factor of the learning rate (first match counts). layer_decay: each layer of a tower
     learns at this fraction of the rate of the layer above it. freeze: patterns without gradient, update or state.
-    accumulate: microbatches a step; gradients are those of the whole batch.
+    accumulate: microbatches a step; gradients are those of the whole batch, except that batch norms see a microbatch.
     ema_decay: 0 keeps no moving average; else the average starts fast, with decay min(ema_decay, (1 + t) / (10 + t)).
     "contrib.schedule_free_adamw" and "contrib.schedule_free_sgd" keep an average of their own, which is evaluated
-    and stored as the moving average is (Defazio et al. 2024, arXiv:2405.15682).
+    and stored as the moving average is (Defazio et al. 2024, arXiv:2405.15682); batch norms keep the statistics of
+    the parameters that are trained, not of that average.
     """
 
     name: str = "adamw"
