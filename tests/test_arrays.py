@@ -53,6 +53,17 @@ def test_records_of_arrays():
     assert np.asarray(held.load(1)["image"]).flat[0] == 5
 
 
+def test_equal_images_are_one_image():
+    palette = [Image.new("P", (2, 2), 0) for _ in range(2)]
+    palette[0].putpalette([9, 9, 9])
+    palette[1].putpalette([7, 7, 7])
+    images = [*grey(3, size=2), *grey(1, size=2), *palette]
+    records = RecordSet(from_arrays(images, list("abcdef"), split=None))
+    groups = records.groups()
+    assert groups[0] == groups[3] and len(set(groups)) == 5 and records.group_unit() == "image"
+    assert [records.describe(i)["id"] for i in range(6)] == list("012345")
+
+
 def test_alternatives_sizes_and_kinds_of_images():
     images = [np.zeros((4, 6), np.uint8), np.full((5, 5, 3), 3, np.uint8), Image.new("L", (3, 2), 9)]
     records = RecordSet(from_arrays(images, [["a", "b"], "c", None], split=None))

@@ -39,7 +39,8 @@ def write_array_records(
     """Writes records with their images and masks into one ArrayRecord file; returns how many there were.
 
     "image" and "mask" of a record are paths (relative ones against `root`), whose files are taken as they are, encoded
-    bytes, or PIL images or uint8 arrays, which become PNG. The file is there only when it is complete.
+    bytes, or PIL images or uint8 arrays, which become PNG. Records with equal paths, or with equal pixels that have no
+    path, are records of one image. The file is there only when it is complete.
     Raises ImageError for a file that is missing or a value that is no image, DataError for a record JSON cannot hold.
     """
     writer_class = _module().ArrayRecordWriter

@@ -30,13 +30,10 @@ class Arrays:
 
     @classmethod
     def holding(cls, images: Sequence[Any] | np.ndarray, records: list[dict[str, Any]]) -> Arrays:
-        """The records, the i-th with the i-th image."""
+        """The records, the i-th with the i-th image, which its field "image" names by content."""
         digest = hashlib.sha256()
-        for image, record in zip(images, records, strict=True):
+        for record in records:
             digest.update(repr(sorted(record.items())).encode())
-            pixels = np.asarray(image)
-            digest.update(f"{pixels.shape}{pixels.dtype}".encode())
-            digest.update(np.ascontiguousarray(pixels).tobytes())
         arrays = cls(len(records), digest.hexdigest()[:16])
         # Not a field: pixels have no place in a config's dump or comparison.
         object.__setattr__(arrays, "_held", (images, records))
@@ -83,6 +80,7 @@ def from_arrays(
     """A source of what is in memory, for `DataConfig(train=(from_arrays(...),))`.
 
     images: uint8, grey or RGB; a list may hold arrays of different sizes and PIL images. They are not copied.
+      Equal images are one image with several texts and stay in one split.
     texts: of each image one text, several alternatives, or None.
     labels: of each image one name, several, or None where it was not looked.
     patient_ids: whose image it is, so that no patient is in two splits or counted twice by an interval.
@@ -107,7 +105,7 @@ def from_arrays(
     several = any(isinstance(text, list | tuple) for text in given.get("texts", ()))
     records = []
     for i in range(count):
-        record: dict[str, Any] = {"id": str(i), "image": f"image {i}"}
+        record: dict[str, Any] = {"id": str(i), "image": _content(images[i])}
         if "texts" in given:
             text = _strings(given["texts"][i], f"texts[{i}]")
             record |= {"captions": text} if several else {"caption": text[0] if text else None}
@@ -145,6 +143,15 @@ def _check_images(images: Any) -> None:
                 f"from_arrays: images[{i}] has type {image.dtype} and shape {image.shape}; give uint8 [h, w] or "
                 f"[h, w, 3]{_scaling(image)}"
             )
+
+
+def _content(image: np.ndarray | Image.Image) -> str:
+    """A name that equal images share, so that they count as one image with several texts and stay in one split."""
+    # The pixels of a palette picture are numbers of colours.
+    pixels = np.asarray(image.convert("RGBA") if getattr(image, "mode", "") == "P" else image)
+    digest = hashlib.sha256(f"{pixels.shape}{pixels.dtype}".encode())
+    digest.update(np.ascontiguousarray(pixels).tobytes())
+    return f"image-{digest.hexdigest()[:16]}"
 
 
 def _scaling(image: np.ndarray) -> str:

@@ -89,8 +89,8 @@ class Source:
         if self.phantoms is not None or self.arrays is not None:
             if self.image_column != "image" or self.text_column is not None:
                 raise ConfigError(
-                    f"source {self.label!r}: image_column and text_column are of records in files; its texts are "
-                    f"chosen with text="
+                    f"source {self.label!r}: image_column and text_column are of records in files; the texts of "
+                    f"{places[0]} are chosen with text="
                 )
         if self.descriptions and not self.choice().reads_labels():
             raise ConfigError(
