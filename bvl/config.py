@@ -261,9 +261,12 @@ def dump(config: Config) -> str:
 
 
 def load_dump(path: Path) -> Config:
-    """Read a config.json that `dump` wrote."""
-    tree = json.loads(path.read_text())
-    version = tree.pop("format_version", None)
+    """Read a config.json that `dump` wrote; raises ConfigError for another file."""
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged, or no config of a run: {error}") from error
+    version = tree.pop("format_version", None) if isinstance(tree, dict) else None
     if version != FORMAT_VERSION:
         raise ConfigError(f"{path}: format_version {version}, this bvl reads {FORMAT_VERSION}")
     return from_dict(tree)

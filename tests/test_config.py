@@ -186,6 +186,13 @@ def test_a_type_that_is_gone_is_named(config):
         from_dict(tree)
 
 
+@pytest.mark.parametrize("text", ["{", "", "[1]", "3"])
+def test_a_dump_that_is_none(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="config.json"):
+        load_dump(tmp_path / "config.json")
+
+
 def test_another_format_version(tmp_path, config):
     (tmp_path / "config.json").write_text(dump(config).replace('"format_version": 1', '"format_version": 99'))
     with pytest.raises(ConfigError, match="99"):
