@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_run import fast_compilation, metric_rows  # noqa: F401
 
-from bvl.config import load_config
+from bvl.config import load_config, with_value
 from bvl.mesh import unbox
 from bvl.models.vlm import DualEncoder
 from bvl.runs import RunFolder
@@ -78,7 +78,7 @@ def check_run(config, steps: int) -> None:
     rows = metric_rows(config.workdir)
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert all(math.isfinite(row["loss/total"]) for row in rows)
-    results = json.loads(run.eval.read_text())
+    results = json.loads(run.eval.read_text()) if config.eval.suites else {}
     for name in config.eval.suites:
         assert any(key.startswith(f"{name}/") for key in results), name
 
@@ -89,7 +89,12 @@ def test_tiny_clip(clip_run):
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name not in ("clip", "pubmedclip")])
 def test_tiny(name, tmp_path):
+    """Of these, flair alone also evaluates, which clip and pubmedclip do anyway; the others' suites are opened."""
     config = shrunk(name, tmp_path)
+    if name != "flair":
+        for suite in config.eval.suites.values():
+            suite.check()
+        config = with_value(config, "eval.suites", "{}")
     assert train(config) == 0
     check_run(config, 3)
 
