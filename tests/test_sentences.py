@@ -41,6 +41,8 @@ def test_one_sentence(text):
         ("Seen by Dr. XXXX. Stable.", ["Seen by Dr. XXXX.", "Stable."]),
         ("Size 1.5 cm. Was 2.0.", ["Size 1.5 cm.", "Was 2.0."]),
         ("1. Clear lungs. 2. No effusion.", ["1. Clear lungs.", "2. No effusion."]),
+        ("Well. IMPRESSION: 1. Clear lungs. 2. Mass.", ["Well.", "IMPRESSION: 1. Clear lungs.", "2. Mass."]),
+        ("Grade: 3. BI-RADS: 1. Next", ["Grade: 3.", "BI-RADS: 1.", "Next"]),
         ("Findings:\n- one\n- two\n\nEnd", ["Findings:", "- one", "- two", "End"]),
         ("A line\nthat is broken. Next", ["A line that is broken.", "Next"]),
         ("Acute hepatitis B. No fever.", ["Acute hepatitis B.", "No fever."]),

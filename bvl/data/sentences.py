@@ -20,7 +20,8 @@ _STOP = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
 _BLANK_LINE = re.compile(r"\n[ \t]*\n\s*")
 # A number with its stop, or a mark, at the beginning of a line.
 _ITEM_LINE = re.compile(r"\n[ \t]*(?=(?:\(?\d{1,2}[.)]|[-*•])\s)")
-_NUMBERING = re.compile(r"\s*\(?(?:\d{1,2}|[A-Za-z])[.)]")
+# The number of an item, and that of the first item behind a heading ("IMPRESSION: 1.").
+_NUMBERING = re.compile(r"\s*(?:\(?(?:\d{1,2}|[A-Za-z])|[A-Za-z /]+:\s*\(?1)[.)]")
 _OPENING = "([\"'“‘"
 
 
@@ -29,7 +30,7 @@ def split_sentences(text: str) -> list[str]:
 
     A sentence ends at `.`, `!`, `?` or `…` before white space, at a blank line, and before an item of a list that
     begins a line. Stops of abbreviations ("e.g.", "Dr.", "approx."), of initials ("by J. Doe") and of list
-    numbers ("1. Clear lungs") do not end one, nor do stops within words ("1.5 cm"). Blanks left by
+    numbers ("1. Clear lungs", "IMPRESSION: 1. Clear lungs") do not end one, nor do stops within words ("1.5 cm"). Blanks left by
     de-identification ("XXXX.") are words like others. A text without any stop is one sentence.
     """
     pieces = (piece for paragraph in _BLANK_LINE.split(text) for piece in _ITEM_LINE.split(paragraph))
