@@ -127,6 +127,12 @@ def three_steps():
     return run(make_program(TASKS, ema_decay=0.15), data()[1])
 
 
+def test_a_view_of_what_no_tower_gives():
+    View("image", frozenset({"levels", "tokens"}))
+    with pytest.raises(ConfigError, match="'mlm/text' needs levels; text towers give embed, pooled, tokens"):
+        View("text", frozenset({"levels"}), input="mlm/text")
+
+
 def test_a_head_of_several_inputs():
     """Of any type, such as the tokens that a decoder reads."""
 

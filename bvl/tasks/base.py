@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from bvl.errors import ConfigError
 from bvl.models.dropout import RowKeys
 
 Features = Any  # ImageFeatures or TextFeatures
@@ -33,6 +34,12 @@ class View:
 
     def __post_init__(self):
         object.__setattr__(self, "input", self.input or self.kind)
+        known = {"embed", "pooled", "tokens"} | ({"levels"} if self.kind == "image" else set())
+        if not self.need <= known:
+            raise ConfigError(
+                f"a view of {self.input!r} needs {', '.join(sorted(self.need - known))}; {self.kind} towers give "
+                f"{', '.join(sorted(known))}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
