@@ -428,11 +428,14 @@ def test_batches_that_cannot_be_split(tasks, accumulate, message):
 
 
 def test_masks_belong_to_rows():
-    """Rows in another order have the same masks; another step has others; each text of an image has its own."""
+    """Rows in another order have the same masks; another step has others; each text of an image has its own, and so
+    has each input of a row."""
     program = make_program({"pairs": TASKS["pairs"]}, image={"dropout": 0.3}, text={"dropout": 0.3})
     params = unbox(program.init_params(jax.random.key(0)))["model"]
     batch = {key: value[:3] for key, value in data()[1][0].items()}
     batch |= {key: np.repeat(batch[key], 2, axis=1) for key in ("text", "text_mask")}
+    batch["twin"] = batch["image"]
+    views = program.views()["model"] | {"twin": View("image", input="twin")}
 
     @jax.jit
     def encode(batch, rng):
@@ -442,14 +445,15 @@ def test_masks_belong_to_rows():
             program.preprocess,
             params,
             batch,
-            program.views()["model"],
+            views,
             keys={"image": keys, "text": keys},
         )
-        return features["image"].embed, features["text"].embed
+        return features["image"].embed, features["text"].embed, features["twin"].embed
 
-    image, text = encode(batch, jax.random.key(0))
+    image, text, twin = encode(batch, jax.random.key(0))
+    assert np.abs(twin - image).max() > 1e-2
     backward = {key: value[::-1] for key, value in batch.items()}
-    image_again, text_again = encode(backward, jax.random.key(0))
+    image_again, text_again, _ = encode(backward, jax.random.key(0))
     np.testing.assert_allclose(image_again[::-1], image, atol=1e-6)
     np.testing.assert_allclose(text_again.reshape(3, 2, -1)[::-1].reshape(text.shape), text, atol=1e-6)
     assert np.abs(encode(batch, jax.random.key(1))[0] - image).max() > 1e-2
