@@ -255,7 +255,7 @@ def test_flair_soft_targets_by_category():
 
 def test_unimed_clip_labels_become_captions():
     """Fundus and smear come with labels alone. With their templates in the mixture they are recognised by prompts
-    (0.8 and more); a run on the captioned source alone takes them for something else (0.15)."""
+    (three quarters and more); a run on the captioned source alone takes them for something else."""
     images, records = training()
     of = {m: [i for i, record in enumerate(records) if record["modality"] == m] for m in MODALITY.values()}
     captioned = of["radiograph"] + of["ultrasound"]
