@@ -11,9 +11,8 @@ stand for themselves); a tenth is held out by patient, where findings are told a
 Source: Silva-Rodriguez et al. 2023, arXiv:2308.07898. Image size and padding, projection, temperature, prompt, soft
 targets, rate and decay are those of the authors' code.
 Differs: the descriptions are ours and few, where the authors collected theirs from the literature for 97 categories;
-both towers start from random weights, not from ImageNet and Bio_ClinicalBERT; words are averaged in the last layer
-alone instead of over layers 1, 2 and the last; a record with several labels has one text with all of them; images
-without any label have no text and are left out, so give healthy ones the label "normal".
+both towers start from random weights, not from ImageNet and Bio_ClinicalBERT; a record with several labels has one
+text with all of them; images without any label have no text and are left out, so give healthy ones the label "normal".
 """
 
 from types import SimpleNamespace
@@ -55,7 +54,7 @@ SHOWN_BY_PHANTOMS = ("haemorrhage", "hard exudates", "cotton wool spot", "laser 
 
 PAPER = SimpleNamespace(
     image=ResNetConfig("ResNet50"),
-    text=BertConfig("clinicalbert", pool="mean"),
+    text=BertConfig("clinicalbert", pool="mean", pool_layers=(1, 2, -1)),
     embed_dim=512,
     train=Source(**LABELS),
     held_out=Source(split="val"),

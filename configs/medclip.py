@@ -12,7 +12,7 @@ dimensions are as we remember the authors' code, not checked.
 Differs: pairs are read as pairs, where the paper draws images and texts apart from sets that need not be paired;
 labels come with the records, not from entities found in the text; the similarity is the cosine over
 target_temperature 0.2 instead of the plain product of the label vectors; a ResNet-50 (the paper's smaller model;
-Swin is its larger) and a BERT start from random weights; words are averaged in the last layer alone.
+Swin is its larger) and a BERT start from random weights.
 """
 
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ REPORT = {"findings": 0.5, "impression": 0.5}
 
 PAPER = SimpleNamespace(
     image=ResNetConfig("ResNet50"),
-    text=BertConfig("clinicalbert", pool="mean"),
+    text=BertConfig("clinicalbert", pool="mean", pool_layers=(1, 2, -1)),
     embed_dim=512,
     train=Source(text=REPORT),
     image_size=224,
