@@ -71,6 +71,7 @@ def test_training_reaches_every_parameter_and_drops_paths():
         (dict(variant="vitamin_s"), "nearest is 'ViTamin-S'"),
         (dict(num_heads=5), "num_heads=5"),
         (dict(depths=(1, 0, 1)), "at least 1"),
+        (dict(num_heads=0), "at least 1"),
         (dict(drop_path=-0.1), "drop_path"),
     ],
 )

@@ -124,6 +124,7 @@ def test_pool_of_either_kind():
         (dict(variant="resnet-50"), "nearest is 'ResNet50'"),
         (dict(stages=(1, 2)), "4 stages"),
         (dict(width=3), "even"),
+        (dict(width=0), "at least 2"),
         (dict(drop_path=1.0), "drop_path"),
     ],
 )

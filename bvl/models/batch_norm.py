@@ -73,6 +73,8 @@ class BatchNorm(nn.Module):
 
     mode "synced": in training, the statistics of the global batch (of all devices: under `jit` the batch is one
     array), and the running ones move towards them by `momentum`; in evaluation, the running ones.
+    Rows that hold no image count like any other. Where only some stages of a tower are frozen, the statistics of all
+    still move, as in torch.
     mode "frozen": always the running ones, which never change; scale and bias still learn. With these two in
     `optim.freeze` as well it is torchvision's FrozenBatchNorm2d.
 

@@ -67,8 +67,11 @@ class HybridConfig:
     @property
     def sizes(self) -> tuple[tuple[int, int, int], tuple[int, int, int], int]:
         """(widths, depths, num_heads) with the overrides applied."""
-        widths, depths, num_heads = VARIANTS[self.variant]
-        return self.widths or widths, self.depths or depths, self.num_heads or num_heads
+        given = (self.widths, self.depths, self.num_heads)
+        widths, depths, num_heads = (
+            t if g is None else g for t, g in zip(VARIANTS[self.variant], given, strict=True)
+        )
+        return widths, depths, num_heads
 
     @property
     def output_width(self) -> int:

@@ -92,7 +92,10 @@ class ResNetConfig:
     def sizes(self) -> tuple[int, tuple[int, ...]]:
         """(width, stages) with the overrides applied."""
         table = VARIANTS[self.variant]
-        return self.width or table.width, self.stages or table.stages
+        return (
+            table.width if self.width is None else self.width,
+            table.stages if self.stages is None else self.stages,
+        )
 
     @property
     def output_width(self) -> int:
