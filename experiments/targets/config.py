@@ -40,14 +40,10 @@ ARMS = {
         REPEATED,
         1,
     ),
-    "repeats_sigmoid_diagonal": (dict(targets="diagonal", loss_type="sigmoid"), REPEATED, 1),
-    "repeats_sigmoid_same_text": (dict(targets="same_text", loss_type="sigmoid"), REPEATED, 1),
     "captions_one": ({}, "captions", 1),
     "captions_two": ({}, "captions", 2),
     "captions_image_to_text": (dict(direction_weights=(0.75, 0.25)), "captions", 1),
-    "captions_text_to_image": (dict(direction_weights=(0.25, 0.75)), "captions", 1),
     "figures_caption": ({}, "caption", 1),
-    "figures_either": ({}, {"caption": 0.5, "alt_text": 0.5}, 1),
     "figures_two": ({}, {"caption": 0.5, "alt_text": 0.5}, 2),
 }
 
@@ -58,8 +54,6 @@ def get_config(arg: str | None = None) -> Config:
         raise ConfigError(f"arm={knobs.arm!r}: choose one of {', '.join(ARMS)}")
     task, text, texts_per_image = ARMS[knobs.arm]
     figures = knobs.arm.startswith("figures")
-    # SigLIP's initial temperature and bias.
-    logits = dict(init_temperature=0.1, init_bias=-10.0) if "sigmoid" in knobs.arm else {}
     if figures:
         train = Source(name="figures", text=text, cache=True)
         held_out = Source(name="figures", split="val", cache=True)
@@ -82,7 +76,6 @@ def get_config(arg: str | None = None) -> Config:
             image=ViTConfig("XS/16" if figures else "XS/8", stem="conv", depth=1, pool="mean"),
             text=TextConfig(width=96, depth=1, num_heads=3, causal=False, pool="mean"),
             embed_dim=128,
-            **logits,
         ),
         tasks={"contrastive": Contrastive(**task)},
         data=DataConfig(
