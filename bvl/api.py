@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,12 @@ from jaxtyping import Float
 from PIL import Image
 
 from bvl.config import Config
-from bvl.data.long_texts import LongTexts
+from bvl.data.long_texts import LongTexts, warn_of_cuts
 from bvl.errors import UserError
 from bvl.evals.base import evaluate
 from bvl.evals.folder import suites_for
 from bvl.runs import Components, load_components
 from bvl.tasks import contrastive
-
-logger = logging.getLogger(__name__)
 
 FOREIGN = ("open_clip:", "hf:")
 
@@ -69,13 +66,8 @@ class Model:
         for text in texts:
             if not isinstance(text, str):
                 raise UserError(f"embed_texts takes strings, not {type(text).__name__}")
-        if long == "cut" and (cut := self.components.tokenizer.count_truncated(texts)):
-            logger.warning(
-                "%d of %d texts are longer than the context of %d tokens and were cut; long='chunks' reads them whole",
-                cut,
-                len(texts),
-                self.components.tokenizer.context_length,
-            )
+        if long == "cut":
+            warn_of_cuts(texts, self.components.tokenizer, option="long='chunks'")
         return contrastive.embed_texts(self.components, texts, long=long, batch_size=batch_size)
 
     def classify(

@@ -22,7 +22,7 @@ from bvl.data.phantoms import FINDING_PROMPTS, MODALITY_PROMPTS, Phantoms
 from bvl.data.pipeline import DataConfig
 from bvl.data.sources import Source
 from bvl.data.text import TokenizerConfig
-from bvl.data.transforms import Augment, Preprocess
+from bvl.data.transforms import CLIP_MEAN, CLIP_STD, Augment, Preprocess
 from bvl.evals.retrieval import Retrieval
 from bvl.evals.zeroshot import ZeroShot
 from bvl.models.text import TextConfig
@@ -109,8 +109,8 @@ def get_config(arg: str | None = None) -> Config:
             train=(size.train,),
             preprocess=Preprocess(
                 image_size=size.image_size,
-                mean=(0.48145466, 0.4578275, 0.40821073),
-                std=(0.26862954, 0.26130258, 0.27577711),
+                mean=CLIP_MEAN,
+                std=CLIP_STD,
             ),
             augment=Augment(crop_scale=size.crop_scale),
             tokenizer=size.tokenizer,

@@ -25,7 +25,7 @@ from bvl.data.phantoms import Phantoms
 from bvl.data.pipeline import DataConfig
 from bvl.data.sources import Source
 from bvl.data.text import TokenizerConfig
-from bvl.data.transforms import Augment, Preprocess
+from bvl.data.transforms import CLIP_MEAN, CLIP_STD, Augment, Preprocess
 from bvl.evals.retrieval import Retrieval
 from bvl.models.text import TextConfig
 from bvl.models.vit import ViTConfig
@@ -87,8 +87,8 @@ def get_config(arg: str | None = None) -> Config:
             train=size.train,
             preprocess=Preprocess(
                 image_size=size.image_size,
-                mean=(0.48145466, 0.4578275, 0.40821073),
-                std=(0.26862954, 0.26130258, 0.27577711),
+                mean=CLIP_MEAN,
+                std=CLIP_STD,
             ),
             augment=Augment(crop_scale=(0.8, 1.0), flip_horizontal=size.flip),
             tokenizer=size.tokenizer,

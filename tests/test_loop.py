@@ -32,7 +32,7 @@ from bvl.data.text import TokenizerConfig
 from bvl.data.transforms import Preprocess
 from bvl.errors import CheckpointError, ConfigError, DataError, RunFolderError
 from bvl.evals.zeroshot import ZeroShot
-from bvl.models.vit import resize_positions
+from bvl.models.grid import resize_positions
 from bvl.runs import RunFolder, load_components
 from bvl.tasks.classify import Classify
 from bvl.tasks.contrastive import Contrastive

@@ -13,9 +13,10 @@ import pytest
 from bvl.errors import ConfigError
 from bvl.mesh import unbox
 from bvl.models.conv_stem import _patches_3x3
+from bvl.models.grid import resize_positions
 from bvl.models.layers import Attention, Stack
 from bvl.models.text import TextConfig, TextTransformer
-from bvl.models.vit import VARIANTS, ViT, ViTConfig, resize_positions
+from bvl.models.vit import VARIANTS, ViT, ViTConfig
 from bvl.models.vlm import DualEncoder, DualEncoderConfig, l2_normalize, normalize_image
 
 VOCAB, CONTEXT, END, PAD = 20, 8, 3, 0

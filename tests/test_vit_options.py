@@ -10,9 +10,10 @@ import pytest
 
 from bvl.errors import ConfigError
 from bvl.models.dropout import drop_path, dropout, fold, random_subset
+from bvl.models.grid import resize_positions
 from bvl.models.layers import ACTIVATIONS, Attention, Block, Stack
 from bvl.models.text import TextConfig
-from bvl.models.vit import ViTConfig, resize_positions
+from bvl.models.vit import ViTConfig
 from bvl.models.vlm import DualEncoder, DualEncoderConfig
 
 WIDTH = 8

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from bvl.data.sentences import split_sentences
 from bvl.data.text import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # What becomes of a text beyond the context: its beginning is read, or all of it in pieces.
 LongTexts = Literal["cut", "chunks"]
@@ -17,6 +20,18 @@ _LEVELS: tuple[tuple[Callable[[str], list[str]], str], ...] = (
     (str.split, " "),
     (list, ""),
 )
+
+
+def warn_of_cuts(texts: Sequence[str], tokenizer: Tokenizer, *, option: str) -> None:
+    """Log how many of `texts` are longer than the context, if any, and the option that reads them whole."""
+    if cut := tokenizer.count_truncated(texts):
+        logger.warning(
+            "%d of %d texts are longer than the context of %d tokens and were cut; %s reads them whole",
+            cut,
+            len(texts),
+            tokenizer.context_length,
+            option,
+        )
 
 
 def split_to_context(text: str, tokenizer: Tokenizer) -> list[str]:

@@ -39,6 +39,11 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 _RESIZE_MODES = ("shortest_crop", "squash", "pad")
 
 
+# Pixel statistics of OpenAI's CLIP, as `Preprocess` takes them; models that start from its weights keep them.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocess:
     """How an image of any size becomes the model's input; the content of `preprocess.json`.

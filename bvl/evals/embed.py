@@ -16,7 +16,7 @@ from PIL import Image
 
 from bvl.config import Config
 from bvl.data.images import open_image
-from bvl.data.long_texts import LongTexts
+from bvl.data.long_texts import LongTexts, warn_of_cuts
 from bvl.data.manifests import find_manifest
 from bvl.data.sources import RecordSet
 from bvl.data.text_choice import TextChoice
@@ -137,14 +137,8 @@ def embed_to_file(
         arrays = {"ids": np.asarray([item.id for item in kept], dtype=np.str_)}
         texts = [item.text for item in kept if item.text]
         if texts:
-            if long_texts == "cut" and (cut := components.tokenizer.count_truncated(texts)):
-                logger.warning(
-                    "%d of %d texts are longer than the context of %d tokens and were cut; --long-texts chunks "
-                    "reads them whole",
-                    cut,
-                    len(texts),
-                    components.tokenizer.context_length,
-                )
+            if long_texts == "cut":
+                warn_of_cuts(texts, components.tokenizer, option="--long-texts chunks")
             arrays["text_ids"] = np.asarray([item.id for item in kept if item.text], dtype=np.str_)
             arrays["text_embed"] = embed_texts(components, texts, long=long_texts, batch_size=batch_size)
         for name, array in arrays.items():

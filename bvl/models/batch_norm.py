@@ -10,13 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bvl.models.layers import zeros_init
+from bvl.models.layers import constant_init, zeros_init
 
 BatchNormMode = Literal["synced", "frozen"]
-
-
-def _ones_init(*names: str | None):
-    return nn.with_partitioning(nn.initializers.ones_init(), names)
 
 
 def _latest(_: Any, new: Any) -> Any:
@@ -93,10 +89,10 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, training: bool) -> Float[Array, "b h w c"]:
         shape = (x.shape[-1],)
-        scale = self.param("scale", (zeros_init if self.zero_scale else _ones_init)("norm"), shape)
+        scale = self.param("scale", constant_init(0.0 if self.zero_scale else 1.0, "norm"), shape)
         bias = self.param("bias", zeros_init("norm"), shape)
         running_mean = jax.lax.stop_gradient(self.param("running_mean", zeros_init("norm"), shape))
-        running_var = jax.lax.stop_gradient(self.param("running_var", _ones_init("norm"), shape))
+        running_var = jax.lax.stop_gradient(self.param("running_var", constant_init(1.0, "norm"), shape))
         if not training or self.mode == "frozen":
             factor = scale * jax.lax.rsqrt(running_var + self.epsilon)
             return ((x.astype(jnp.float32) - running_mean) * factor + bias).astype(self.dtype)

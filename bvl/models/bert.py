@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,10 +19,10 @@ from bvl.models.layers import (
     Stack,
     gelu,
     normal_init,
-    override_sizes,
     zeros_init,
 )
-from bvl.models.text import check_length, check_sizes, pool_tokens
+from bvl.models.text import check_length, pool_tokens
+from bvl.models.variants import check_sizes, check_variant, override_sizes
 
 # name: (width, depth, num_heads, mlp_hidden). base, large: Devlin et al. 2019. pubmedbert: Gu et al. 2020
 # (arXiv:2007.15779), uncased vocabulary of 30,522; clinicalbert: Alsentzer et al. 2019 (arXiv:1904.03323), cased
@@ -69,12 +68,8 @@ class BertConfig:
     remat: RematPolicy = "none"
 
     def __post_init__(self):
-        if self.variant not in VARIANTS:
-            near = difflib.get_close_matches(self.variant.lower(), VARIANTS, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"text variant {self.variant!r}: BERT shapes are {', '.join(VARIANTS)}; nearest is {near!r}"
-            )
-        check_sizes(self.sizes)
+        check_variant("text", self.variant, VARIANTS)
+        check_sizes("text", self.sizes)
         check_rates("text", dropout=self.dropout, drop_path=self.drop_path)
         if min(self.max_positions, self.type_vocab_size) < 1:
             raise ConfigError("max_positions and type_vocab_size must be at least 1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +16,9 @@ from bvl.errors import ConfigError
 from bvl.models.convolution import Conv
 from bvl.models.dropout import RowKeys, check_rates, drop_path, fold
 from bvl.models.features import ImageFeatures
+from bvl.models.grid import grid_of, resize_positions
 from bvl.models.layers import Attention, Dense, LayerNorm, gelu, normal_init
-from bvl.models.vit import resize_positions
+from bvl.models.variants import check_variant
 
 # The transformer's grid is smaller than the image by this much.
 STRIDE = 16
@@ -51,12 +51,7 @@ class HybridConfig:
     drop_path: float = 0.0
 
     def __post_init__(self):
-        if self.variant not in VARIANTS:
-            near = {name.lower(): name for name in VARIANTS}
-            match = difflib.get_close_matches(self.variant.lower(), near, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"image variant {self.variant!r}: choose one of {', '.join(VARIANTS)}; nearest is {near[match]!r}"
-            )
+        check_variant("image", self.variant, VARIANTS)
         widths, depths, num_heads = self.sizes
         if len(widths) != 3 or len(depths) != 3 or min(*widths, *depths, num_heads) < 1:
             raise ConfigError(f"image widths={widths}, depths={depths}: give 3 numbers each, at least 1")
@@ -80,12 +75,7 @@ class HybridConfig:
 
     def grid(self, image_size: tuple[int, int], what: str = "image") -> tuple[int, int]:
         """Rows and columns of tokens of an image (height, width); raises ConfigError if 16 does not divide."""
-        if any(side % STRIDE for side in image_size):
-            near = tuple(max(round(side / STRIDE), 1) * STRIDE for side in image_size)
-            raise ConfigError(
-                f"{what} {tuple(image_size)} is not divisible by the stride {STRIDE} of a hybrid tower; nearest is {near}"
-            )
-        return image_size[0] // STRIDE, image_size[1] // STRIDE
+        return grid_of(image_size, STRIDE, what=what, divisor=f"stride {STRIDE} of a hybrid tower")
 
     def make(self, *, image_size: tuple[int, int], dtype: Any) -> Hybrid:
         """The tower, with position embeddings for images of `image_size` (height, width)."""

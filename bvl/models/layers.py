@@ -30,17 +30,6 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
-def override_sizes(
-    table: tuple[int, int, int, int], given: tuple[int | None, int | None, int | None, int | None]
-) -> tuple[int, int, int, int]:
-    """(width, depth, num_heads, mlp_hidden) of a table's row with what is given, not None, in its place.
-
-    A width of its own scales the MLP with it, unless that is given too.
-    """
-    width, depth, num_heads, hidden = (t if g is None else g for t, g in zip(table, given, strict=True))
-    return width, depth, num_heads, hidden if given[3] is not None or width == table[0] else 4 * width
-
-
 def dense_init(*names: str | None) -> Callable[..., Any]:
     """Kernel initialiser (LeCun normal over the first axis) with logical axis names."""
     return nn.with_partitioning(nn.initializers.lecun_normal(), names)

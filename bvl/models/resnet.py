@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -18,8 +17,9 @@ from bvl.models.batch_norm import BatchNorm, BatchNormMode
 from bvl.models.convolution import Conv
 from bvl.models.dropout import RowKeys, check_rates, drop_path, fold
 from bvl.models.features import ImageFeatures
+from bvl.models.grid import grid_of, resize_positions
 from bvl.models.layers import Dense, normal_init
-from bvl.models.vit import resize_positions
+from bvl.models.variants import check_variant
 
 # The map of the last stage is smaller than the image by this much.
 STRIDE = 32
@@ -70,12 +70,7 @@ class ResNetConfig:
     stages: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if self.variant not in VARIANTS:
-            near = {name.lower(): name for name in VARIANTS}
-            match = difflib.get_close_matches(self.variant.lower(), near, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"image variant {self.variant!r}: choose one of {', '.join(VARIANTS)}; nearest is {near[match]!r}"
-            )
+        check_variant("image", self.variant, VARIANTS)
         width, stages = self.sizes
         if len(stages) != 4 or min(stages) < 1:
             raise ConfigError(f"image stages={stages}: give the blocks of 4 stages, each at least 1")
@@ -113,12 +108,7 @@ class ResNetConfig:
 
     def grid(self, image_size: tuple[int, int], what: str = "image") -> tuple[int, int]:
         """Rows and columns of the last map of an image (height, width); raises ConfigError if 32 does not divide."""
-        if any(side % STRIDE for side in image_size):
-            near = tuple(max(round(side / STRIDE), 1) * STRIDE for side in image_size)
-            raise ConfigError(
-                f"{what} {tuple(image_size)} is not divisible by the stride {STRIDE} of {self.variant}; nearest is {near}"
-            )
-        return image_size[0] // STRIDE, image_size[1] // STRIDE
+        return grid_of(image_size, STRIDE, what=what, divisor=f"stride {STRIDE} of {self.variant}")
 
     def make(self, *, image_size: tuple[int, int], dtype: Any) -> ResNet:
         """The tower, with the attention pooling's positions for images of `image_size` (height, width)."""

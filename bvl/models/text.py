@@ -14,6 +14,7 @@ from bvl.errors import ConfigError
 from bvl.models.dropout import RowKeys, check_rates, dropout, fold
 from bvl.models.features import TextFeatures
 from bvl.models.layers import Activation, LayerNorm, RematPolicy, Stack, normal_init
+from bvl.models.variants import check_sizes
 
 TextPool = Literal["end", "mean", "max", "last", "cls"]
 
@@ -48,7 +49,7 @@ class TextConfig:
     remat: RematPolicy = "none"
 
     def __post_init__(self):
-        check_sizes(self.sizes)
+        check_sizes("text", self.sizes)
         check_rates("text", dropout=self.dropout, drop_path=self.drop_path)
         if self.causal and self.pool == "cls":
             raise ConfigError("text pool='cls': under a causal mask the first token sees no other; use 'end'")
@@ -135,14 +136,6 @@ def pool_tokens(
         return jnp.where(mask.any(1, keepdims=True), highest, 0)
     first_end = jnp.argmax(tokens == end_id, axis=1)
     return jnp.take_along_axis(x, first_end[:, None, None], axis=1)[:, 0]
-
-
-def check_sizes(sizes: tuple[int, int, int, int]) -> None:
-    """Raise ConfigError for (width, depth, num_heads, mlp_hidden) that no transformer can have."""
-    if min(sizes) < 1:
-        raise ConfigError("text width, depth, num_heads and mlp_hidden must be at least 1")
-    if sizes[0] % sizes[2]:
-        raise ConfigError(f"text width {sizes[0]} is not divisible by num_heads {sizes[2]}")
 
 
 def check_length(tokens: Int[Array, "b t"], context_length: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ from bvl.errors import ConfigError
 from bvl.models.conv_stem import ConvStem
 from bvl.models.dropout import RowKeys, check_rates, dropout, fold, random_subset
 from bvl.models.features import ImageFeatures
+from bvl.models.grid import grid_of, resize_positions
 from bvl.models.layers import (
     Activation,
     AttentionPool,
@@ -24,9 +24,9 @@ from bvl.models.layers import (
     RematPolicy,
     Stack,
     normal_init,
-    override_sizes,
     zeros_init,
 )
+from bvl.models.variants import check_sizes, nearest_variant, override_sizes
 
 # name: (width, depth, num_heads, mlp_hidden). Ti to g: Zhai et al. 2022 (arXiv:2106.04560), table 2;
 # So400m: Alabdulmohsin et al. 2023 (arXiv:2305.13035). XXS and XS are ours, for laptops.
@@ -86,24 +86,20 @@ class ViTConfig:
     def __post_init__(self):
         name, _, patch = self.variant.partition("/")
         if name not in VARIANTS or not patch.isdigit() or int(patch) < 1:
-            near = {known.lower(): known for known in VARIANTS}
-            near = near[difflib.get_close_matches(name.lower(), near, n=1, cutoff=0.0)[0]]
+            near = nearest_variant(name, VARIANTS)
             raise ConfigError(
                 f"image variant {self.variant!r}: write NAME/PATCH with a name of {', '.join(VARIANTS)}; "
                 f"nearest is '{near}/{patch if patch.isdigit() else 16}'"
             )
-        width, depth, num_heads, _ = self.sizes
-        if min(self.sizes) < 1:
-            raise ConfigError(f"image width, depth, num_heads, mlp_hidden {self.sizes}: must be at least 1")
+        check_sizes("image", self.sizes)
         if self.stem == "conv" and int(patch) & (int(patch) - 1):
             raise ConfigError(
                 f"image variant {self.variant!r}: stem='conv' halves the size step by step, so the patch size must be a power of two"
             )
-        if width % num_heads:
-            raise ConfigError(f"image width {width} is not divisible by num_heads {num_heads}")
         if self.registers < 0:
             raise ConfigError(f"image registers={self.registers}: must be 0 or more")
         check_rates("image", patch_dropout=self.patch_dropout, dropout=self.dropout, drop_path=self.drop_path)
+        depth = self.sizes[1]
         if any(not 0 <= block < depth for block in self.levels or ()):
             raise ConfigError(f"image levels={self.levels}: blocks are numbered 0 to {depth - 1}")
 
@@ -132,32 +128,12 @@ class ViTConfig:
 
     def grid(self, image_size: tuple[int, int], what: str = "image") -> tuple[int, int]:
         """Rows and columns of patches of an image (height, width); raises ConfigError if they do not fit."""
-        p = self.patch_size
-        if image_size[0] % p or image_size[1] % p:
-            near = tuple(max(round(side / p), 1) * p for side in image_size)
-            raise ConfigError(
-                f"{what} {tuple(image_size)} is not divisible by the patch size {p} of {self.variant}; nearest is {near}"
-            )
-        return image_size[0] // p, image_size[1] // p
+        divisor = f"patch size {self.patch_size} of {self.variant}"
+        return grid_of(image_size, self.patch_size, what=what, divisor=divisor)
 
     def make(self, *, image_size: tuple[int, int], dtype: Any) -> ViT:
         """The tower, with position embeddings for images of `image_size` (height, width)."""
         return ViT(self, image_size, dtype=dtype)
-
-
-def resize_positions(
-    positions: Float[Array, "l d"], old: tuple[int, int], new: tuple[int, int]
-) -> Float[Array, "m d"]:
-    """Resample a grid of position embeddings to another grid (bicubic, antialiased).
-
-    Rows before those of the grid (a class token's) stay as they are.
-    """
-    if old == new:
-        return positions
-    prefix = len(positions) - old[0] * old[1]
-    grid = rearrange(positions[prefix:], "(h w) d -> h w d", h=old[0])
-    grid = jax.image.resize(grid, (*new, grid.shape[-1]), method="bicubic", antialias=True)
-    return jnp.concatenate([positions[:prefix], rearrange(grid, "h w d -> (h w) d")])
 
 
 class ViT(nn.Module):

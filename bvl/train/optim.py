@@ -182,9 +182,7 @@ class Optimizer:
         return self.config.name in SCHEDULE_FREE
 
     def eval_params(self, state: Any, params: Any) -> Any:
-        """The parameters to evaluate: the optimiser's average where it keeps one, else those given."""
-        if not self.averages:
-            return params
+        """The parameters to evaluate where the optimiser `averages`: its average, and the frozen ones as given."""
         is_state = lambda s: isinstance(s, optax.contrib.ScheduleFreeState)  # noqa: E731
         found = next(s for s in jax.tree.leaves(state, is_leaf=is_state) if is_state(s))
         trained, frozen = self.split(params)

@@ -23,7 +23,7 @@ from bvl.data.sources import RecordSet
 from bvl.data.text import END, PAD, START, UNKNOWN, Tokenizer, TokenizerConfig
 from bvl.errors import CheckpointError, ConfigError, DataError
 from bvl.mesh import replicated, shardings_of, unbox
-from bvl.models.vit import resize_positions
+from bvl.models.grid import resize_positions
 from bvl.runs import (
     Components,
     RunFolder,
