@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bvl.data.text import ROLES
 from bvl.errors import ConfigError
+from bvl.losses.caption import next_token_loss
 from bvl.models.bert import MlmTransform, VocabularyBias
 from bvl.models.dropout import RowKeys
 from bvl.tasks.base import Context, Head, LossOutput, ModelInfo, Task, View
@@ -90,17 +91,15 @@ class MaskedLanguageModel(Task):
         return batch["mlm/chosen"].sum().astype(jnp.float32)
 
     def loss(self, ctx: Context) -> LossOutput:
-        slots, chosen, targets = (
-            rearrange(ctx.batch[f"mlm/{name}"], "b k s -> (b k) s") for name in ("slots", "chosen", "targets")
-        )
+        slots = rearrange(ctx.batch["mlm/slots"], "b k s -> (b k) s")
         hidden = jnp.take_along_axis(ctx.features["mlm/text"].tokens, slots[..., None], axis=1)
-        hidden = ctx.heads["transform"](hidden)
-        words = ctx.token_embed.astype(hidden.dtype)
-        logits = jnp.einsum("nsd,vd->nsv", hidden, words, preferred_element_type=jnp.float32)
-        log_probs = jax.nn.log_softmax(ctx.heads["bias"](logits))
-        nll = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-        total, count = jnp.where(chosen, nll, 0.0).sum(), chosen.sum().astype(jnp.float32)
-        correct = ((log_probs.argmax(-1) == targets) & chosen).sum()
+        hidden = rearrange(ctx.heads["transform"](hidden), "n s d -> (n s) d")
+        chosen = ctx.batch["mlm/chosen"].reshape(-1).astype(jnp.float32)
+        bias = ctx.heads["bias"](jnp.zeros(len(ctx.token_embed)))
+        total, correct = next_token_loss(
+            hidden, ctx.token_embed, ctx.batch["mlm/targets"].reshape(-1), chosen, bias=bias
+        )
+        count = chosen.sum()
         return LossOutput(
             total / jnp.maximum(count, 1.0), {"loss": (total, count), "accuracy": (correct, count)}
         )
