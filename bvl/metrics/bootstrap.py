@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Num
 
 from bvl.errors import DataError
 
@@ -69,18 +69,43 @@ def bootstrap_mean(
 
     NaN values are left out of every mean. Same draws as `bootstrap_interval` with the same seed.
     """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1:
+        raise DataError(f"values {values.shape}: give one a row")
+    known = ~np.isnan(values)
+    columns = np.stack([np.where(known, values, 0.0), known], axis=1)
+
+    def mean(sums: np.ndarray) -> float:
+        return sums[0] / sums[1] if sums[1] else np.nan
+
+    return bootstrap_sums(columns, mean, groups, num_samples=num_samples, seed=seed, level=level, unit=unit)
+
+
+def bootstrap_sums(
+    values: Num[np.ndarray, "n s"],
+    statistic: Callable[[Float[np.ndarray, " s"]], float],
+    groups: Sequence[Hashable],
+    *,
+    num_samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    unit: str = "patient",
+) -> Interval:
+    """`bootstrap_interval` of a statistic of the sums over rows (corpus BLEU, micro F1), from sums by group.
+
+    Row i of `values` is what example i adds to each of the s sums. Same draws as `bootstrap_interval` with the same
+    seed. Raises DataError for no rows or when the numbers of rows disagree.
+    """
     codes, num_groups = _codes(groups, num_samples, level)
     values = np.asarray(values, np.float64)
-    if values.shape != codes.shape:
+    if values.ndim != 2 or len(values) != len(codes):
         raise DataError(f"{values.shape} values but {len(codes)} groups; give one of each a row")
-    known = ~np.isnan(values)
-    sums = np.bincount(codes, weights=np.where(known, values, 0.0), minlength=num_groups)
-    counts = np.bincount(codes, weights=known, minlength=num_groups)
-    means = np.empty(num_samples)
+    sums = np.zeros((num_groups, values.shape[1]))
+    np.add.at(sums, codes, values)
+    found = np.empty(num_samples)
     for i, drawn in enumerate(_draws(num_groups, num_samples, seed)):
-        count = counts[drawn].sum()
-        means[i] = sums[drawn].sum() / count if count else np.nan
-    return _percentiles(means, num_groups, level, unit)
+        found[i] = statistic(sums[drawn].sum(axis=0))
+    return _percentiles(found, num_groups, level, unit)
 
 
 def _draws(num_groups: int, num_samples: int, seed: int) -> Iterator[np.ndarray]:
