@@ -1,0 +1,112 @@
+"""Greedy search and sampling: one path a text, no beams to reorder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from bvl.decode.options import DecodeOptions
+from bvl.decode.state import Cache, Decoded, Merge, Step, advance, length_norm, log_softmax, spread
+from bvl.decode.topk import top_1, top_k
+
+Constrain = Callable[[Float[Array, "b k V"], Int[Array, "b k L"], Int[Array, ""]], Float[Array, "b k V"]]
+# choose(log_probs [b, n, V], t) -> tokens [b, n].
+Choose = Callable[[Float[Array, "b n V"], Int[Array, ""]], Int[Array, "b n"]]
+
+
+def walk(
+    logits: Float[Array, "c V"],
+    cache: Cache,
+    step: Step,
+    *,
+    options: DecodeOptions,
+    end_id: int,
+    pad_id: int,
+    merge: Merge,
+    constrain: Constrain,
+    rng: Key[Array, ""] | Key[Array, " b"] | None,
+) -> Decoded:
+    """Greedy search, or `num_return` samples a row; arguments as in `bvl.decode.search.search`."""
+    first = merge(logits[:, None])
+    b, n, L = len(first), options.num_return, options.max_length
+    copies = len(logits) // b
+    keys = row_keys(rng, b, n) if options.sampling else None
+
+    def write(log_probs, t, tokens, finished, total, lengths):
+        log_probs = constrain(log_probs, tokens, t)
+        best, token = top_1(log_probs)
+        if options.sampling:
+            token = jnp.where(jnp.isfinite(best), sample(log_probs, keys, t, options), token)
+            best = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
+        # With no token possible the text ends here; its score, -inf, says so.
+        token = jnp.where(best == -jnp.inf, end_id, token)
+        total = total + jnp.where(finished, 0.0, best)
+        lengths = lengths + ~finished
+        token = jnp.where(finished, pad_id, token)
+        tokens = lax.dynamic_update_slice_in_dim(tokens, token[..., None], t, axis=-1)
+        return token, tokens, finished | (token == end_id), total, lengths
+
+    def more(state):
+        t, _, _, _, finished, _, _ = state
+        return (t < L) & ~finished.all()
+
+    def body(state):
+        t, cache, token, tokens, finished, total, lengths = state
+        logits, cache = advance(step, cache, token, t - 1, copies)
+        token, *rest = write(merge(logits), t, tokens, finished, total, lengths)
+        return t + 1, cache, token, *rest
+
+    start = write(
+        jnp.broadcast_to(first, (b, n, first.shape[-1])),
+        jnp.int32(0),
+        jnp.full((b, n, L), pad_id, jnp.int32),
+        jnp.zeros((b, n), bool),
+        jnp.zeros((b, n), jnp.float32),
+        jnp.zeros((b, n), jnp.int32),
+    )
+    state = lax.while_loop(more, body, (jnp.int32(1), spread(cache, n), *start))
+    tokens, total, lengths = state[3], state[5], state[6]
+    return Decoded(tokens, lengths, total / length_norm(options)[lengths], total)
+
+
+def row_keys(rng: Key[Array, ""] | Key[Array, " b"], b: int, n: int) -> Key[Array, "b n"]:
+    """A key for each sample of each row, which no other row of the batch changes."""
+    rows = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(b)) if rng.ndim == 0 else rng
+    return jax.vmap(lambda key: jax.vmap(lambda j: jax.random.fold_in(key, j))(jnp.arange(n)))(rows)
+
+
+def sample(
+    log_probs: Float[Array, "b n V"], keys: Key[Array, "b n"], t: Int[Array, ""], options: DecodeOptions
+) -> Int[Array, "b n"]:
+    """Draw from the distribution that temperature, top_k and top_p leave, with the keys of position t."""
+    values, ids = candidates(
+        log_probs / options.temperature, top_k_kept=options.top_k, top_p_kept=options.top_p
+    )
+    draw = jax.vmap(jax.vmap(lambda key, x: jax.random.categorical(jax.random.fold_in(key, t), x)))
+    place = draw(keys, values).astype(jnp.int32)
+    return place if ids is None else jnp.take_along_axis(ids, place[..., None], axis=-1)[..., 0]
+
+
+def candidates(
+    log_probs: Float[Array, "... V"], *, top_k_kept: int, top_p_kept: float
+) -> tuple[Float[Array, "... m"], Int[Array, "... m"] | None]:
+    """What may be sampled: m values, -inf for those left out, and their tokens (None: all V in order).
+
+    top_k keeps the k likeliest tokens. top_p then keeps each row's nucleus: the fewest of the likeliest tokens
+    whose probability, of what top_k left, reaches p (Holtzman et al. 2020, arXiv:1904.09751); at least one.
+    Of equally likely tokens those of lower id come first.
+    """
+    V = log_probs.shape[-1]
+    if not top_k_kept and top_p_kept == 1.0:
+        return log_probs, None
+    values, ids = top_k(log_probs, min(top_k_kept or V, V))
+    if top_p_kept < 1.0:
+        probs = jnp.exp(log_softmax(values))
+        before = jnp.cumsum(probs, axis=-1) - probs
+        kept = (before < top_p_kept) | (jnp.arange(values.shape[-1]) == 0)
+        values = jnp.where(kept, values, -jnp.inf)
+    return values, ids
