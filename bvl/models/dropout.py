@@ -21,6 +21,14 @@ def fold(keys: RowKeys | None, place: int | Int[Array, ""]) -> RowKeys | None:
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, place)
 
 
+def keys_of_parts(keys: RowKeys | None, count: int) -> RowKeys | None:
+    """[b] keys -> [b * count]: each of an example's `count` parts, such as its texts, has its own."""
+    if keys is None:
+        return None
+    each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return each(keys, jnp.arange(count)).reshape(-1)
+
+
 def dropout(x: Float[Array, "b ..."], rate: float, keys: RowKeys | None) -> Float[Array, "b ..."]:
     """Zero each element with probability `rate`, scale the others by 1 / (1 - rate)
     (Srivastava et al. 2014, JMLR 15). Without keys or at rate 0: x itself."""

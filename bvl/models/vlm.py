@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from bvl.errors import ConfigError
 from bvl.models.bert import BertConfig
+from bvl.models.decoder import Decoder, DecoderCache, DecoderConfig, DecoderContext
 from bvl.models.dropout import RowKeys
 from bvl.models.features import ImageFeatures, TextFeatures
 from bvl.models.hybrid import HybridConfig
 from bvl.models.layers import Dense, gelu
 from bvl.models.resnet import ResNetConfig
-from bvl.models.text import TextConfig
+from bvl.models.text import TextConfig, pool_tokens
 from bvl.models.vit import ViTConfig
 
 Projection = Literal["linear", "linear_bias", "mlp", "none"]
@@ -27,9 +28,11 @@ Projection = Literal["linear", "linear_bias", "mlp", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class DualEncoderConfig:
-    """An image tower and a text tower that meet in a space of `embed_dim`.
+    """An image tower and a text tower that meet in a space of `embed_dim`, and a text decoder over image tokens.
 
     image: ViTConfig, ResNetConfig or HybridConfig; text: TextConfig or BertConfig.
+    text=None: a captioner alone; with a decoder of layout "coca" its first half embeds texts, pooled at their end.
+    decoder: for tasks that write text; None = none.
     image_projection, text_projection: from a tower's pooled vector to the shared space: "linear" (CLIP),
       "linear_bias" (SigLIP's text tower; the output map of a CLIP ResNet's attention pool), "mlp" (two maps without
       bias and a GELU between, as in BiomedCLIP's text tower) or "none" (SigLIP's image
@@ -39,7 +42,8 @@ class DualEncoderConfig:
     """
 
     image: ViTConfig | ResNetConfig | HybridConfig = ViTConfig()
-    text: TextConfig | BertConfig = TextConfig()
+    text: TextConfig | BertConfig | None = TextConfig()
+    decoder: DecoderConfig | None = None
     embed_dim: int = 512
     image_projection: Projection = "linear"
     text_projection: Projection = "linear"
@@ -50,7 +54,9 @@ class DualEncoderConfig:
     def __post_init__(self):
         if self.embed_dim < 1:
             raise ConfigError(f"embed_dim={self.embed_dim}: must be at least 1")
-        for name, width in (("image", self.image.output_width), ("text", self.text.width)):
+        if self.text is None and self.decoder is None:
+            raise ConfigError("model.text=None is for captioners: set model.decoder, or give a text tower")
+        for name, width in (("image", self.image.output_width), ("text", self.text_width)):
             if getattr(self, f"{name}_projection") == "none" and width != self.embed_dim:
                 raise ConfigError(
                     f"{name}_projection='none' needs embed_dim={width}, the width of the {name} tower's pooled "
@@ -61,6 +67,16 @@ class DualEncoderConfig:
                 f"init_temperature={self.init_temperature}: it must be above 0, and the scale 1 / temperature "
                 f"at most max_scale={self.max_scale}"
             )
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text tower's pooled vector, or of the decoder's where there is no tower."""
+        return self.decoder.width if self.text is None else self.text.width
+
+    @property
+    def embeds_text(self) -> bool:
+        """Whether anything gives text embeddings."""
+        return self.text is not None or self.decoder.layout == "coca"
 
 
 class ProjectionMlp(nn.Module):
@@ -78,8 +94,10 @@ class ProjectionMlp(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """Use through `apply(..., method=...)` with encode_image, encode_text, logit_scale_and_bias.
+    """Use through `apply(..., method=...)` with encode_image, encode_text, logit_scale_and_bias; with a decoder also
+    visual_tokens, decode_train, vocabulary, prefill, decoder_step.
 
+    prefix_length: longest prefix (start token and controls) in front of a text of the decoder.
     `keys`: one random key an example while training, None in evaluation (bvl/models/dropout.py).
     """
 
@@ -89,18 +107,24 @@ class DualEncoder(nn.Module):
     context_length: int
     end_id: int
     pad_id: int = 0
+    prefix_length: int = 1
     dtype: Any = jnp.float32
 
     def setup(self):
         config = self.config
         self.image = config.image.make(image_size=self.image_size, dtype=self.dtype)
-        self.text = config.text.make(
-            vocab_size=self.vocab_size,
-            context_length=self.context_length,
-            pad_id=self.pad_id,
-            end_id=self.end_id,
-            dtype=self.dtype,
-        )
+        if config.text is not None:
+            self.text = config.text.make(
+                vocab_size=self.vocab_size,
+                context_length=self.context_length,
+                pad_id=self.pad_id,
+                end_id=self.end_id,
+                dtype=self.dtype,
+            )
+        if config.decoder is not None:
+            self.decoder = Decoder(
+                config.decoder, self.vocab_size, self.prefix_length + self.context_length, dtype=self.dtype
+            )
         self.image_projection = _projection(config.image_projection, config.embed_dim, self.dtype)
         self.text_projection = _projection(config.text_projection, config.embed_dim, self.dtype)
         self.log_scale = self.param(
@@ -128,7 +152,16 @@ class DualEncoder(nn.Module):
         keys: RowKeys | None = None,
     ) -> TextFeatures:
         """Encode token ids; `need`: any of embed, pooled, tokens."""
-        out = self.text(tokens, mask, keys=keys)
+        if self.config.text is not None:
+            out = self.text(tokens, mask, keys=keys)
+        elif self.config.embeds_text:
+            x = self.decoder.embed_text(tokens, mask, keys)
+            out = TextFeatures(pooled=pool_tokens(x, tokens, mask, "end", self.end_id), tokens=x, mask=mask)
+        else:
+            raise ConfigError(
+                "this model has no text tower (model.text=None), so it gives no text embeddings; a decoder of "
+                "layout='coca' would"
+            )
         embed = l2_normalize(self.text_projection(out.pooled)) if "embed" in need else None
         return _only(out.replace(embed=embed, mask=mask if "tokens" in need else None), need | {"mask"})
 
@@ -137,9 +170,55 @@ class DualEncoder(nn.Module):
         scale = jnp.exp(_at_most(self.log_scale, math.log(self.config.max_scale)))
         return scale, self.bias if self.config.init_bias is not None else jnp.zeros(())
 
+    def visual_tokens(
+        self, tokens: Float[Array, "b l d"], dropped: Bool[Array, " b"]
+    ) -> tuple[Float[Array, "b s w"], Bool[Array, "b s"]]:
+        """What the decoder sees of images: (visual tokens, mask) from the image tower's tokens; the null if `dropped`."""
+        return self.decoder.visual_tokens(tokens, dropped)
+
+    def decode_train(
+        self,
+        visual: Float[Array, "b s w"],
+        visual_mask: Bool[Array, "b s"],
+        tokens: Int[Array, "b l"],
+        mask: Bool[Array, "b l"],
+        parallel: Bool[Array, " b"] | None = None,
+        keys: RowKeys | None = None,
+    ) -> Float[Array, "b l d"]:
+        """The decoder's hidden states of whole sequences, prefix included (see bvl/models/decoder.py)."""
+        return self.decoder(visual, visual_mask, tokens, mask, parallel, keys)
+
+    def vocabulary(self) -> Float[Array, "v d"]:
+        """The table of the decoder's vocabulary head: logits = hidden @ table.T."""
+        return self.decoder.vocabulary()
+
+    def prefill(
+        self,
+        visual: Float[Array, "c s w"],
+        visual_mask: Bool[Array, "c s"],
+        prefix: Int[Array, "c p"],
+        prefix_mask: Bool[Array, "c p"],
+        max_new: int,
+    ) -> tuple[Float[Array, "c v"], DecoderContext, DecoderCache]:
+        """(logits of the first token, shared context, empty cache) to generate up to `max_new` tokens."""
+        return self.decoder.prefill(visual, visual_mask, prefix, prefix_mask, max_new)
+
+    def decoder_step(
+        self, context: DecoderContext, cache: DecoderCache, tokens: Int[Array, "c k"], t: Int[Array, ""]
+    ) -> tuple[Float[Array, "c k v"], DecoderCache]:
+        """(logits after the t-th generated token, the cache with it)."""
+        return self.decoder.step(context, cache, tokens, t)
+
     def __call__(self, image: Float[Array, "b h w 3"], tokens: Int[Array, "b t"], mask: Bool[Array, "b t"]):
         """Touch every parameter; for `init`."""
-        return self.encode_image(image), self.encode_text(tokens, mask), self.logit_scale_and_bias()
+        features = self.encode_image(image, frozenset({"embed", "tokens"}))
+        out = [features, self.logit_scale_and_bias()]
+        if self.config.embeds_text:
+            out.append(self.encode_text(tokens, mask))
+        if self.config.decoder is not None:
+            visual = self.decoder.visual_tokens(features.tokens, jnp.zeros(len(image), bool))
+            out.append(self.decoder(*visual, tokens, mask))
+        return out
 
 
 def _projection(kind: Projection, embed_dim: int, dtype: Any) -> Callable[[jax.Array], jax.Array]:

@@ -83,20 +83,24 @@ class Context:
     features: a view's input -> features of the trained model; texts come as [B * K, ...].
     frozen: encoder name -> a view's input -> features, without gradient.
     heads: name -> the task's head with its parameters applied.
-    scale, bias: of the contrastive logits. token_embed: the text tower's table, for heads tied to it.
-    rng: one key for the batch. keys: one for each row, the same however the batch is split.
+    model: (*arguments, method=name) -> what that method of the trained model gives, as of its decoder.
+    scale, bias: of the contrastive logits. token_embed: the text tower's table, for heads tied to it; None without.
+    rng: one key for the batch. keys: one for each row, the same however the batch is split. decoder_keys: these, or
+    None where the decoder is frozen.
     """
 
     features: dict[str, Features]
     frozen: dict[str, dict[str, Features]]
     heads: dict[str, Callable[..., Any]]
+    model: Callable[..., Any]
     scale: Float[Array, ""]
     bias: Float[Array, ""]
-    token_embed: Float[Array, "v d"]
+    token_embed: Float[Array, "v d"] | None
     batch: dict[str, jax.Array]
     extra: Any
     rng: jax.Array
     keys: RowKeys
+    decoder_keys: RowKeys | None
     step: jax.Array
     mesh: Mesh
     info: ModelInfo

@@ -61,7 +61,16 @@ class OptimConfig:
     cooldown_steps: int = 0
     final_fraction: float = 0.0
     weight_decay: float = 0.05
-    no_decay: tuple[str, ...] = (r"positions$", r"cls$", r"registers$", r"probe$", r"token_embed$", r"types$")
+    no_decay: tuple[str, ...] = (
+        r"positions$",
+        r"cls$",
+        r"registers$",
+        r"probe$",
+        r"token_embed$",
+        r"types$",
+        r"queries$",
+        r"null$",
+    )
     lr_multipliers: dict[str, float] = dataclasses.field(default_factory=dict)
     layer_decay: float | None = None
     freeze: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from bvl.data.transforms import Preprocess
 from bvl.errors import ConfigError
-from bvl.models.dropout import RowKeys, fold
+from bvl.models.dropout import RowKeys, fold, keys_of_parts
 from bvl.models.vlm import DualEncoder, normalize_image
 from bvl.tasks.base import Context, Features, ModelInfo, Task, View
 from bvl.train.optim import Optimizer
@@ -136,7 +136,7 @@ class Program:
                 inputs = (normalize_image(batch[name], preprocess.mean, preprocess.std, model.dtype),)
             else:
                 inputs = tuple(rearrange(batch[key], "b k t -> (b k) t") for key in (name, f"{name}_mask"))
-                row_keys = _keys_of_texts(row_keys, batch[name].shape[1])
+                row_keys = keys_of_parts(row_keys, batch[name].shape[1])
             out[name], sown = model.apply(
                 {"params": params},
                 *inputs,
@@ -171,8 +171,9 @@ class Program:
         keys = self.row_keys(batch, rng)
         trained = {
             kind: keys
-            for kind in ("image", "text")
-            if any(
+            for kind in ("image", "text", "decoder")
+            if kind in params["model"]
+            and any(
                 jax.tree.leaves(
                     map_by_name(lambda name, _: trains(name), {"model": {kind: params["model"][kind]}})
                 )
@@ -189,7 +190,11 @@ class Program:
             for name, wanted in views.items()
             if name != "model"
         }
-        scale, bias = self.model.apply({"params": params["model"]}, method="logit_scale_and_bias")
+        if "text" not in params["model"] and "decoder" in trained:
+            # The decoder's first half is the text tower.
+            trained["text"] = keys
+        apply = functools.partial(self.model.apply, {"params": params["model"]})
+        scale, bias = apply(method="logit_scale_and_bias")
         total, metrics, new_extra = jnp.zeros(()), {}, {}
         for name, task in self.tasks.items():
             heads = {
@@ -202,13 +207,15 @@ class Program:
                     features=features,
                     frozen=frozen,
                     heads=heads,
+                    model=apply,
                     scale=scale,
                     bias=bias,
-                    token_embed=params["model"]["text"]["token_embed"],
+                    token_embed=params["model"].get("text", {}).get("token_embed"),
                     batch=batch,
                     extra=extra[name],
                     rng=jax.random.fold_in(jax.random.fold_in(rng, number), part),
                     keys=fold(keys, number),
+                    decoder_keys=fold(trained.get("decoder"), number),
                     step=step,
                     mesh=self.mesh,
                     info=self.info,
@@ -221,14 +228,6 @@ class Program:
                 for key, pair in output.metrics.items()
             }
         return total, (metrics, new_extra, statistics)
-
-
-def _keys_of_texts(keys: RowKeys | None, count: int) -> RowKeys | None:
-    """[B] keys -> [B * count]: each of a row's texts has its own."""
-    if keys is None:
-        return None
-    each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-    return each(keys, jnp.arange(count)).reshape(-1)
 
 
 def _number(name: str) -> int:

@@ -192,7 +192,7 @@ def build_program(config: Config, data: Data, frozen: dict[str, Components], mes
         tasks=config.tasks,
         info=ModelInfo(
             config.model.image.output_width,
-            config.model.text.width,
+            config.model.text_width,
             config.model.embed_dim,
             data.classes,
             vocab_size=data.tokenizer.vocab_size,

@@ -1,0 +1,322 @@
+"""The text decoder over visual tokens, in three layouts behind one `prefill` and `step`.
+
+A sequence is a prefix, padded on the LEFT so that its last token stands right before the first word, then the text:
+
+    [pad ...] [START] [controls ...] | first word ... last word [END] [pad ...]
+
+Positions count real tokens only, so padding changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from bvl.errors import ConfigError
+from bvl.models.decoder_layers import DecoderBlock, KeysValues, LayerContext, make_norm
+from bvl.models.dropout import RowKeys, check_rates, dropout, fold
+from bvl.models.layers import REMAT_POLICIES, Attention, Dense, LayerNorm, RematPolicy, normal_init
+from bvl.models.variants import check_sizes
+
+Layout = Literal["gpt2", "coca", "prefix"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A captioner's decoder. Vocabulary and context length are the tokenizer's.
+
+    layout: "gpt2": every block has self-attention, cross-attention and an MLP, learned positions, a tied head
+      (transformers' GPT-2 with cross-attention). "coca": the first `unimodal_depth` blocks (None = half) do not see
+      the image, the others are as in gpt2; without a text tower the first half embeds texts (Yu et al. 2022,
+      arXiv:2205.01917). "prefix": visual tokens stand in front of the text, rotary positions, grouped heads, RMS
+      norms, a gated MLP (Llama, Qwen2).
+    visual_queries: 0 = the decoder sees all image tokens; n = n tokens, pooled from them by attention.
+    mlp_hidden: None = 4 * width. num_kv_heads: of layout "prefix", None = num_heads.
+    qkv_bias: of layout "prefix" (Qwen2 has it); the other layouts always have biases.
+    tied_head: the vocabulary head is the token embedding; always so in gpt2.
+    dropout: of the embeddings and of each branch of each block.
+    """
+
+    layout: Layout = "gpt2"
+    width: int = 512
+    depth: int = 6
+    num_heads: int = 8
+    mlp_hidden: int | None = None
+    unimodal_depth: int | None = None
+    num_kv_heads: int | None = None
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    norm_epsilon: float = 1e-5
+    visual_queries: int = 0
+    tied_head: bool = True
+    dropout: float = 0.0
+    remat: RematPolicy = "none"
+
+    def __post_init__(self):
+        check_sizes("decoder", self.sizes)
+        check_rates("decoder", dropout=self.dropout)
+        if self.visual_queries < 0:
+            raise ConfigError(
+                f"decoder visual_queries={self.visual_queries}: 0 for all image tokens, or a number"
+            )
+        if self.unimodal_depth is not None and self.layout != "coca":
+            raise ConfigError(f"decoder unimodal_depth belongs to layout='coca', not {self.layout!r}")
+        if self.layout == "coca" and not 0 < self.num_unimodal < self.depth:
+            raise ConfigError(
+                f"decoder depth={self.depth}, unimodal_depth={self.num_unimodal}: layout='coca' needs at least one "
+                "block of each kind"
+            )
+        if self.layout == "gpt2" and not self.tied_head:
+            raise ConfigError(
+                "decoder layout='gpt2' has a tied head; tied_head=False goes with coca and prefix"
+            )
+        if self.layout != "prefix" and (self.num_kv_heads is not None or self.qkv_bias):
+            raise ConfigError("decoder num_kv_heads and qkv_bias belong to layout='prefix'")
+        if self.num_heads % self.kv_heads:
+            raise ConfigError(
+                f"decoder num_heads={self.num_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.layout == "prefix" and self.width // self.num_heads % 2:
+            raise ConfigError("decoder layout='prefix': rotary positions need an even width / num_heads")
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(width, depth, num_heads, mlp_hidden)."""
+        hidden = 4 * self.width if self.mlp_hidden is None else self.mlp_hidden
+        return self.width, self.depth, self.num_heads, hidden
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def num_unimodal(self) -> int:
+        """How many blocks at the beginning do not see the image."""
+        if self.layout != "coca":
+            return 0
+        return self.depth // 2 if self.unimodal_depth is None else self.unimodal_depth
+
+
+@flax.struct.dataclass
+class DecoderContext:
+    """What the continuations of each image share while generating.
+
+    first_position: of the first generated token. Rows c: images, or images and their null rows.
+    """
+
+    layers: tuple[LayerContext, ...]
+    prefix_mask: Bool[Array, "c p"]
+    visual_mask: Bool[Array, "c s"] | None
+    first_position: Int[Array, " c"]
+
+
+# Of each block, keys and values of the generated tokens: [c, k, heads, max_new, channels].
+DecoderCache = tuple[KeysValues, ...]
+
+
+class VisualTokens(nn.Module):
+    """Image tokens -> what the decoder sees of the image: all or pooled tokens, or the null token, at its width.
+
+    The null stands for no image: one learned token, and the other places are masked (Kornblith et al. 2023,
+    arXiv:2307.16686, section 3).
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, tokens: Float[Array, "b l d"], dropped: Bool[Array, " b"]
+    ) -> tuple[Float[Array, "b s w"], Bool[Array, "b s"]]:
+        """(visual tokens, which of them are there); rows that are `dropped` are the null."""
+        count, width = self.config.visual_queries, tokens.shape[-1]
+        if count:
+            queries = self.param("queries", normal_init(width**-0.5, None, "embed"), (count, width))
+            queries = jnp.broadcast_to(queries.astype(self.dtype), (len(tokens), count, width))
+            heads = max(width // 64, 1)
+            heads = heads if width % heads == 0 else 1
+            tokens = Attention(heads, dtype=self.dtype, name="pool")(queries, tokens)
+            tokens = LayerNorm(dtype=self.dtype, name="pool_norm")(tokens)
+        null = self.param("null", normal_init(0.02, "embed"), (width,)).astype(tokens.dtype)
+        first = jnp.arange(tokens.shape[1]) == 0
+        # Masked places are zeroed, so that nothing of a dropped image can be seen.
+        replaced = jnp.where(first[:, None], null, jnp.zeros_like(null))
+        tokens = jnp.where(dropped[:, None, None], replaced, tokens)
+        if width != self.config.width:
+            tokens = Dense(self.config.width, names=("embed", None), dtype=self.dtype, name="project")(tokens)
+        return tokens, first | ~dropped[:, None]
+
+
+class Decoder(nn.Module):
+    """Use through `apply(..., method=...)`: visual_tokens, __call__ (training), prefill, step, embed_text."""
+
+    config: DecoderConfig
+    vocab_size: int
+    max_positions: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        config = self.config
+        width, depth, num_heads, hidden = config.sizes
+        rotary = config.layout == "prefix"
+        block = DecoderBlock
+        if config.remat != "none":
+            block = nn.remat(DecoderBlock, policy=REMAT_POLICIES[config.remat])
+        self.visual_tokens = VisualTokens(config, dtype=self.dtype)
+        self.token_embed = self.param(
+            "token_embed", normal_init(0.02, "vocab", "embed"), (self.vocab_size, width)
+        )
+        if not rotary:
+            self.positions = self.param(
+                "positions", normal_init(0.01, "position", "embed"), (self.max_positions, width)
+            )
+        if not config.tied_head:
+            self.head = self.param("head", normal_init(0.02, "vocab", "embed"), (self.vocab_size, width))
+        self.blocks = [
+            block(
+                width=width,
+                num_heads=num_heads,
+                mlp_hidden=hidden,
+                num_kv_heads=config.kv_heads,
+                cross_attention=not rotary and i >= config.num_unimodal,
+                norm="rms" if rotary else "layer",
+                norm_epsilon=config.norm_epsilon,
+                activation=None if rotary else "gelu_tanh",
+                qkv_bias=config.qkv_bias if rotary else True,
+                out_bias=not rotary,
+                rope_theta=config.rope_theta if rotary else None,
+                dropout=config.dropout,
+                dtype=self.dtype,
+                name=f"block_{i}",
+            )
+            for i in range(depth)
+        ]
+        self.norm = make_norm("rms" if rotary else "layer", config.norm_epsilon, self.dtype)
+        if config.layout == "coca":
+            self.unimodal_norm = make_norm("layer", config.norm_epsilon, self.dtype)
+
+    def vocabulary(self) -> Float[Array, "v d"]:
+        """The table of the vocabulary head: logits = hidden @ table.T."""
+        return self.token_embed if self.config.tied_head else self.head
+
+    def __call__(
+        self,
+        visual: Float[Array, "b s d"],
+        visual_mask: Bool[Array, "b s"],
+        tokens: Int[Array, "b l"],
+        mask: Bool[Array, "b l"],
+        parallel: Bool[Array, " b"] | None = None,
+        keys: RowKeys | None = None,
+    ) -> Float[Array, "b l d"]:
+        """Hidden states of whole sequences; state i is for predicting token i + 1.
+
+        parallel: rows whose tokens see each other in both directions, and padding too, so that the length of a text
+        is not given away.
+        """
+        length = tokens.shape[1]
+        seen = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (len(tokens), length, length))
+        if parallel is not None:
+            seen = seen | parallel[:, None, None]
+            # The left-padding of the prefix stays hidden; the rest of the places may hold words.
+            mask = mask | (parallel[:, None] & (jnp.cumsum(mask, axis=1) > 0))
+        return self._whole(visual, visual_mask, tokens, mask, seen & mask[:, None], keys)[0]
+
+    def prefill(
+        self,
+        visual: Float[Array, "c s d"],
+        visual_mask: Bool[Array, "c s"],
+        prefix: Int[Array, "c p"],
+        prefix_mask: Bool[Array, "c p"],
+        max_new: int,
+    ) -> tuple[Float[Array, "c v"], DecoderContext, DecoderCache]:
+        """(logits of the first token after the prefix, shared context, empty cache with one continuation a row)."""
+        length = prefix.shape[1]
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        hidden, own, cross = self._whole(
+            visual, visual_mask, prefix, prefix_mask, causal & prefix_mask[:, None], None
+        )
+        in_front = self.config.layout == "prefix"
+        start = visual.shape[1] if in_front else 0
+        context = DecoderContext(
+            layers=tuple(LayerContext(prefix=a, visual=b) for a, b in zip(own, cross, strict=True)),
+            prefix_mask=jnp.concatenate([visual_mask, prefix_mask], axis=1) if in_front else prefix_mask,
+            visual_mask=None if in_front else visual_mask,
+            first_position=start + prefix_mask.sum(axis=1),
+        )
+
+        def empty(x: jax.Array) -> jax.Array:
+            return jnp.zeros((len(x), 1, x.shape[1], max_new, x.shape[3]), x.dtype)
+
+        cache = tuple(jax.tree.map(empty, layer) for layer in own)
+        return self._logits(hidden[:, -1]), context, cache
+
+    def step(
+        self, context: DecoderContext, cache: DecoderCache, tokens: Int[Array, "c k"], t: Int[Array, ""]
+    ) -> tuple[Float[Array, "c k v"], DecoderCache]:
+        """(logits after the t-th generated token, the cache with it); k continuations a row of `context`."""
+        positions = jnp.broadcast_to((context.first_position + t)[:, None], tokens.shape)
+        x = self._embed(tokens, positions)
+        new = []
+        for block, layer, generated in zip(self.blocks, context.layers, cache, strict=True):
+            x, generated = block.step(
+                x, layer, context.prefix_mask, context.visual_mask, generated, t, positions
+            )
+            new.append(generated)
+        return self._logits(self.norm(x)), tuple(new)
+
+    def embed_text(
+        self, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"], keys: RowKeys | None = None
+    ) -> Float[Array, "b t d"]:
+        """Layout coca: what the blocks that do not see the image make of texts."""
+        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & mask[:, None]
+        positions = _positions(mask)
+        x = dropout(self._embed(tokens, positions), self.config.dropout, fold(keys, 0))
+        for i in range(self.config.num_unimodal):
+            x, _ = self.blocks[i](x, causal, positions, None, None, fold(keys, 1 + i))
+        return self.unimodal_norm(x)
+
+    def _embed(self, tokens: Int[Array, "c l"], positions: Int[Array, "c l"]) -> Float[Array, "c l d"]:
+        x = self.token_embed[tokens].astype(self.dtype)
+        if self.config.layout != "prefix":
+            x = x + self.positions[positions].astype(self.dtype)
+        return x
+
+    def _whole(self, visual, visual_mask, tokens, mask, seen, keys):
+        """(hidden states of the tokens, keys and values of each self-attention, and of each cross-attention)."""
+        config = self.config
+        if tokens.shape[1] > self.max_positions:
+            raise ConfigError(f"{tokens.shape[1]} tokens, but the decoder was made for {self.max_positions}")
+        positions = _positions(mask)
+        x = dropout(self._embed(tokens, positions), config.dropout, fold(keys, 0))
+        if config.layout == "prefix":
+            count = visual.shape[1]
+            x = jnp.concatenate([visual.astype(self.dtype), x], axis=1)
+            in_front = jnp.broadcast_to(jnp.arange(count), visual_mask.shape)
+            positions = jnp.concatenate([in_front, count + positions], axis=1)
+            causal = jnp.tril(jnp.ones((count, count), bool)) & visual_mask[:, None]
+            above = jnp.zeros((len(x), count, tokens.shape[1]), bool)
+            left = jnp.broadcast_to(visual_mask[:, None], (len(x), tokens.shape[1], count))
+            seen = jnp.concatenate(
+                [jnp.concatenate([causal, above], axis=2), jnp.concatenate([left, seen], axis=2)], axis=1
+            )
+        own, cross = [], []
+        for i, block in enumerate(self.blocks):
+            cross.append(block.visual(visual))
+            x, heads = block(x, seen, positions, cross[-1], visual_mask, fold(keys, 1 + i))
+            own.append(heads)
+        return self.norm(x[:, -tokens.shape[1] :]), own, cross
+
+    def _logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
+        table = self.vocabulary().astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
+def _positions(mask: Bool[Array, "c l"]) -> Int[Array, "c l"]:
+    """0 for the first real token, and so on; padding in front has 0 as well."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)

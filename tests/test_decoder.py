@@ -1,0 +1,199 @@
+"""The text decoder: generation with its cache equals full recomputation, padding and the null change nothing else."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bvl.errors import ConfigError
+from bvl.mesh import unbox
+from bvl.models.decoder import Decoder, DecoderConfig, VisualTokens
+from bvl.models.decoder_layers import rotate
+
+VOCAB, PREFIX, NEW, VISUAL = 23, 4, 5, 6
+BASE = DecoderConfig(width=16, depth=2, num_heads=4)
+LAYOUTS = {
+    "gpt2": BASE,
+    "coca": dataclasses.replace(BASE, layout="coca", tied_head=False),
+    "prefix": dataclasses.replace(BASE, layout="prefix", num_kv_heads=2, qkv_bias=True, tied_head=False),
+}
+
+
+@functools.cache
+def made(layout: str):
+    """(decoder, random parameters, visual tokens, their mask, tokens, mask) with two rows of different prefixes."""
+    decoder = Decoder(LAYOUTS[layout], VOCAB, PREFIX + NEW + 1)
+    rng = np.random.default_rng(0)
+    visual = jnp.asarray(rng.normal(size=(2, VISUAL, 16)), jnp.float32)
+    visual_mask = jnp.asarray([[True] * VISUAL, [True] + [False] * (VISUAL - 1)])
+    tokens = jnp.asarray(rng.integers(5, VOCAB, (2, PREFIX + NEW)))
+    mask = jnp.asarray([[True] * (PREFIX + NEW), [False, False] + [True] * (PREFIX + NEW - 2)])
+
+    def touch(module):
+        if layout == "coca":
+            module.embed_text(tokens, mask)
+        return module(visual, visual_mask, tokens, mask)
+
+    def init(key):
+        return decoder.init(key, method=touch)["params"]
+
+    shapes = unbox(jax.eval_shape(init, jax.random.key(0)))
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
+    return decoder, params, visual, visual_mask, tokens, mask
+
+
+def all_logits(layout: str) -> np.ndarray:
+    """After every token, by recomputation of the whole sequence."""
+    decoder, params, visual, visual_mask, tokens, mask = made(layout)
+    hidden = decoder.apply({"params": params}, visual, visual_mask, tokens, mask)
+    table = params["head"] if "head" in params else params["token_embed"]
+    return np.asarray(hidden @ table.T)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cached_decoding_equals_full_recomputation(layout):
+    """Tolerance 1e-5: sums are ordered differently. Three equal continuations see what one would."""
+    decoder, params, visual, visual_mask, tokens, mask = made(layout)
+    apply = functools.partial(decoder.apply, {"params": params})
+    expected = all_logits(layout)
+    logits, context, cache = apply(
+        visual, visual_mask, tokens[:, :PREFIX], mask[:, :PREFIX], NEW, method="prefill"
+    )
+    np.testing.assert_allclose(logits, expected[:, PREFIX - 1], atol=1e-5)
+    cache = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=1), cache)
+    for t in range(NEW):
+        fed = jnp.repeat(tokens[:, PREFIX + t, None], 3, axis=1)
+        logits, cache = apply(context, cache, fed, jnp.asarray(t), method="step")
+        for beam in range(3):
+            np.testing.assert_allclose(logits[:, beam], expected[:, PREFIX + t], atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_continuations_of_a_row_do_not_mix(layout):
+    decoder, params, visual, visual_mask, tokens, mask = made(layout)
+    apply = functools.partial(decoder.apply, {"params": params})
+    _, context, cache = apply(
+        visual, visual_mask, tokens[:, :PREFIX], mask[:, :PREFIX], NEW, method="prefill"
+    )
+
+    def run(words):
+        state = jax.tree.map(lambda x: jnp.repeat(x, words.shape[1], axis=1), cache)
+        for t in range(2):
+            logits, state = apply(context, state, words[:, :, t], jnp.asarray(t), method="step")
+        return logits
+
+    words = jnp.asarray(np.random.default_rng(1).integers(5, VOCAB, (2, 3, 2)))
+    together = run(words)
+    for beam in range(3):
+        np.testing.assert_allclose(together[:, beam], run(words[:, beam : beam + 1])[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_in_front_changes_nothing(layout):
+    decoder, params, visual, visual_mask, tokens, mask = made(layout)
+    expected = all_logits(layout)[1, 2:]
+    hidden = decoder.apply({"params": params}, visual[1:], visual_mask[1:], tokens[1:, 2:], mask[1:, 2:])
+    table = params["head"] if "head" in params else params["token_embed"]
+    np.testing.assert_allclose(hidden[0] @ table.T, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_token_sees_a_later_one_and_every_one_sees_the_image(layout):
+    decoder, params, visual, visual_mask, tokens, mask = made(layout)
+    apply = functools.partial(decoder.apply, {"params": params})
+    hidden = apply(visual, visual_mask, tokens, mask)
+    other = apply(visual, visual_mask, tokens.at[:, 5].set(1), mask)
+    # Row 1 begins with two places of padding, of which nobody reads the states.
+    np.testing.assert_array_equal(hidden[0, :5], other[0, :5])
+    np.testing.assert_array_equal(hidden[1, 2:5], other[1, 2:5])
+    assert np.abs(np.asarray(hidden - other)[0, 5:]).max(-1).min() > 1e-4
+    moved = apply(visual.at[:, 0].add(1.0), visual_mask, tokens, mask)
+    assert np.abs(np.asarray(hidden - moved)[0]).max(-1).min() > 1e-4
+
+
+def test_visual_tokens_that_are_masked_are_not_seen():
+    for layout in LAYOUTS:
+        decoder, params, visual, visual_mask, tokens, mask = made(layout)
+        apply = functools.partial(decoder.apply, {"params": params})
+        hidden = apply(visual, visual_mask, tokens, mask)
+        moved = apply(visual.at[:, 1:].add(1.0), visual_mask, tokens, mask)
+        np.testing.assert_allclose(hidden[1, 2:], moved[1, 2:], atol=1e-6)
+
+
+def test_unimodal_half_of_coca_does_not_see_the_image_and_is_the_same_for_text_alone():
+    decoder, params, _, _, tokens, mask = made("coca")
+    hidden = decoder.apply({"params": params}, tokens, mask, method="embed_text")
+    again = decoder.apply({"params": params}, tokens[1:, 2:], mask[1:, 2:], method="embed_text")
+    np.testing.assert_allclose(hidden[1, 2:], again[0], atol=1e-5)
+    assert "cross" not in params["block_0"] and "cross" in params["block_1"]
+
+
+def test_parallel_rows_see_both_ways_and_padding_but_not_the_padding_of_the_prefix():
+    decoder, params, visual, visual_mask, tokens, mask = made("gpt2")
+    mask = mask.at[:, -2:].set(False)
+    parallel = jnp.asarray([False, True])
+    apply = functools.partial(decoder.apply, {"params": params})
+    hidden = apply(visual, visual_mask, tokens, mask, parallel)
+    other = apply(visual, visual_mask, tokens.at[:, -1].set(1), mask, parallel)
+    np.testing.assert_array_equal(hidden[0, :-2], other[0, :-2])
+    assert np.abs(np.asarray(hidden - other)[1, 2:]).max(-1).min() > 1e-4
+    other = apply(visual, visual_mask, tokens.at[:, 0].set(1), mask, parallel)
+    np.testing.assert_array_equal(hidden[1, 2:], other[1, 2:])
+
+
+@pytest.mark.parametrize("queries", [0, 3])
+def test_a_dropped_image_is_one_null_token_whatever_the_image_is(queries):
+    module = VisualTokens(dataclasses.replace(BASE, visual_queries=queries))
+    tokens = jnp.asarray(np.random.default_rng(0).normal(size=(2, VISUAL, 8)), jnp.float32)
+    dropped = jnp.asarray([False, True])
+    params = unbox(module.init(jax.random.key(0), tokens, dropped)["params"])
+    visual, mask = module.apply({"params": params}, tokens, dropped)
+    assert visual.shape == (2, queries or VISUAL, 16)
+    assert mask.tolist() == [[True] * (queries or VISUAL), [True] + [False] * ((queries or VISUAL) - 1)]
+    again, _ = module.apply({"params": params}, 2 * tokens, dropped)
+    np.testing.assert_array_equal(visual[1], again[1])
+    assert np.abs(np.asarray(visual[0] - again[0])).max() > 1e-3
+    gradient = jax.grad(lambda p: module.apply({"params": p}, tokens, dropped)[0][1, 0].sum())(params)
+    assert np.abs(gradient["null"]).max() > 0
+
+
+def test_rotary_positions_are_relative():
+    """The product of a turned query and key depends on the distance alone (RoFormer, equation 16)."""
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+    def product(i, j):
+        at = [rotate(x, jnp.full((1, 1), p), 10000.0) for x, p in ((q, i), (k, j))]
+        return float((at[0] * at[1]).sum())
+
+    assert product(7, 4) == pytest.approx(product(3, 0), abs=1e-5)
+    assert abs(product(7, 4) - product(7, 5)) > 1e-3
+    np.testing.assert_array_equal(rotate(q, jnp.zeros((1, 1), int), 10000.0), q)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(layout="gpt2", tied_head=False), "tied"),
+        (dict(layout="coca", depth=1), "at least one"),
+        (dict(unimodal_depth=1), "coca"),
+        (dict(num_kv_heads=2), "prefix"),
+        (dict(layout="prefix", num_heads=4, num_kv_heads=3), "multiple"),
+        (dict(width=15), "divisible"),
+        (dict(visual_queries=-1), "visual_queries"),
+        (dict(dropout=1.0), "dropout"),
+    ],
+)
+def test_options_that_make_no_decoder_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(BASE, **options)
+
+
+def test_more_tokens_than_positions_are_refused():
+    decoder, params, visual, visual_mask, _, _ = made("gpt2")
+    tokens = jnp.zeros((2, PREFIX + NEW + 2), jnp.int32)
+    with pytest.raises(ConfigError, match="made for 10"):
+        decoder.apply({"params": params}, visual, visual_mask, tokens, tokens == 0)
