@@ -170,6 +170,7 @@ def test_cider_with_given_frequencies_scores_a_part_as_in_the_whole():
         ("tightness.The heart,lungs -- “normal”", "tightness the heart lungs normal"),
         ("e.g. in the U.S. at 10:30, of .5 cm", "e.g in the u.s at 10:30 of .5 cm"),
         ("patients’ ‘old’ o'clock it’s", "patients old o'clock it 's"),
+        ("H&E stain & ½ µm ﬁbers", "h&e stain & 1/2 μm fibers"),
         ("a_b __ _c", "a_b c"),
         (" \n", ""),
     ],

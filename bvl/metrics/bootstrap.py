@@ -104,7 +104,7 @@ def bootstrap_sums(
     np.add.at(sums, codes, values)
     found = np.empty(num_samples)
     for i, drawn in enumerate(_draws(num_groups, num_samples, seed)):
-        found[i] = statistic(sums[drawn].sum(axis=0))
+        found[i] = statistic(np.bincount(drawn, minlength=num_groups) @ sums)
     return _percentiles(found, num_groups, level, unit)
 
 

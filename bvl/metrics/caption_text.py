@@ -12,12 +12,13 @@ from jaxtyping import Float
 
 from bvl.errors import DataError
 
-_APOSTROPHES = str.maketrans("‘’ʼ´`", "'''''")
+# Apostrophes of other alphabets and keyboards, and the slash of fractions.
+_PLAIN = str.maketrans("‘’ʼ´`⁄", "'''''/")
 # The kinds of word, first match first, then a symbol by itself.
 _TOKEN = re.compile(
     r"[^\W\d_](?:\.[^\W\d_])+(?!\w)"  # e.g. u.s.
     r"|(?<!\w)\.\d+"  # .5
-    r"|[^\W_]+(?:(?:[-_/']|(?<=\d)[.,:](?=\d))[^\W_]+)*"  # right-sided t2-weighted l4/l5 o'clock 1,200.5
+    r"|[^\W_]+(?:(?:[-_/'&]|(?<=\d)[.,:](?=\d))[^\W_]+)*"  # right-sided l4/l5 h&e o'clock 1,200.5
     r"|[^\w\s]"
 )
 _CLITIC = re.compile(r"(.+?)(n't|'(?:s|m|d|ll|re|ve))")
@@ -28,7 +29,7 @@ def tokenize(text: str) -> list[str]:
     """The lower-case words of a text without punctuation: the tokens on which caption metrics are compared.
 
     The rules follow the Penn Treebank tokens that COCO caption scores are computed on (Chen et al. 2015), without
-    Java. Hyphens, slashes and apostrophes inside a word stay ("right-sided", "ap/pa"), as do separators inside a
+    Java. Hyphens, slashes, apostrophes and & inside a word stay ("right-sided", "ap/pa"), as do separators inside a
     number ("3.5", "1,200", "10:30"); "patient's" is `patient 's`, "isn't" is `is n't`, "cannot" is `can not`.
     Symbols are tokens ("<", "%", "°"). Stops, commas, quotes, brackets and dashes go.
 
@@ -37,7 +38,7 @@ def tokenize(text: str) -> list[str]:
     their plain forms ("ﬁ" is "fi", "µ" is "μ"). Scores of different tokenizers are not comparable.
     """
     words = []
-    for word in _TOKEN.findall(unicodedata.normalize("NFKC", text).translate(_APOSTROPHES).lower()):
+    for word in _TOKEN.findall(unicodedata.normalize("NFKC", text).translate(_PLAIN).lower()):
         if word in _DROPPED:
             continue
         if word == "cannot":
@@ -77,7 +78,7 @@ def length_obeyed(
 
 
 def distinct_n(captions: Sequence[Sequence[str]], n: int) -> float:
-    """Number of different n-grams over the number of n-grams of all captions (Li et al. 2016, section 5).
+    """Number of different n-grams over the number of n-grams of all captions (Li et al. 2016).
 
     Li et al. divide by the number of words; here every n reaches 1. The value falls as captions are added, so only
     sets of the same size compare; resampling with replacement repeats captions and would bias it, so it has no

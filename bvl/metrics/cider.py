@@ -54,7 +54,7 @@ def cider_d(
 
         10 / (N m) sum_{n<=N} sum_{j<=m} exp(-(l_c - l_j)^2 / 2 sigma^2) min(g_n(c), g_n(j)) . g_n(j) / |g_n(c)| |g_n(j)|
 
-    over the m references (Vedantam et al. 2015, section 6: CIDEr-D). l counts bigrams, as pycocoevalcap does: words
+    over the m references (CIDEr-D of Vedantam et al. 2015). l counts bigrams, as pycocoevalcap does: words
     less one. `frequencies` default to those of the references given, so a value belongs to its set; over a single
     image every weight is log 1 and the score 0. An interval from `bootstrap_mean` holds the frequencies fixed.
     Raises DataError for strings instead of tokens, a hypothesis without reference, or sigma or max_n out of range.
