@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from bvl.errors import DataError
-from bvl.metrics.bootstrap import bootstrap_interval, bootstrap_mean
+from bvl.metrics.bootstrap import bootstrap_interval, bootstrap_mean, bootstrap_sums
 from bvl.metrics.classification import (
     accuracy,
     auroc,
@@ -203,6 +203,21 @@ def test_all_rows_of_a_drawn_group_come_together():
     assert interval.low < 6 < interval.high
 
 
+def test_bootstrap_of_sums_equals_that_of_rows():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 9, 40).tolist()
+    counts = rng.integers(0, 5, (40, 3))
+
+    def micro_f1(sums):
+        hits, extra, missed = sums
+        return 2 * hits / (2 * hits + extra + missed)
+
+    by_sums = bootstrap_sums(counts, micro_f1, groups, num_samples=60, seed=2)
+    by_rows = bootstrap_interval(lambda r: micro_f1(counts[r].sum(0)), groups, num_samples=60, seed=2)
+    assert (by_sums.low, by_sums.high) == pytest.approx((by_rows.low, by_rows.high), rel=1e-12)
+    assert by_sums.low < micro_f1(counts.sum(0)) < by_sums.high
+
+
 def test_undefined_replicates_are_dropped_and_counted():
     labels, scores = np.array([1, 0, 0, 0]), np.array([0.9, 0.1, 0.2, 0.95])
     interval = bootstrap_interval(lambda rows: auroc(scores[rows], labels[rows]), range(4), num_samples=400)
@@ -220,5 +235,9 @@ def test_one_group_has_no_interval_and_bad_arguments_are_refused():
         bootstrap_mean(np.array([]), [])
     with pytest.raises(DataError, match="3 groups"):
         bootstrap_mean(np.arange(2.0), [1, 2, 3])
+    with pytest.raises(DataError, match="give one a row"):
+        bootstrap_mean(np.ones((2, 2)), [1, 2])
+    with pytest.raises(DataError, match="3 groups"):
+        bootstrap_sums(np.ones((2, 2)), np.sum, [1, 2, 3])
     with pytest.raises(DataError, match="level"):
         bootstrap_mean(np.arange(2.0), [1, 2], level=95)

@@ -22,10 +22,10 @@ def bleu_statistics(
 ) -> Integer[np.ndarray, "n s"]:
     """Counts whose sums give BLEU: words, reference words, matched n-grams and n-grams for n = 1..max_n.
 
-    s = 2 + 2 max_n. An n-gram matches at most as often as it occurs in the one reference that has it most often
-    (clipping); the reference length is the closest one, the shorter of two equally close (Papineni et al. 2002,
-    section 2). Sums over any rows go to `bleu`, and `bootstrap_sums` resamples them. Raises DataError for strings
-    instead of tokens, a hypothesis without reference, or max_n below 1.
+    s = 2 + 2 max_n. An n-gram matches at most as often as it occurs in the one reference that has it most
+    often (clipping); the reference length is the closest one, the shorter of two equally close (Papineni et
+    al. 2002, section 2). Sums over any rows go to `bleu`, and `bootstrap_sums` resamples them. Raises
+    DataError for strings instead of tokens, a hypothesis without reference, or max_n below 1.
     """
     if max_n < 1:
         raise DataError(f"max_n={max_n}: n-grams have at least 1 word")
@@ -44,10 +44,11 @@ def bleu_statistics(
 
 
 def bleu(statistics: Integer[np.ndarray, "*rows s"]) -> Float[np.ndarray, "*rows max_n"]:
-    """BLEU-1..max_n from (sums of) `bleu_statistics`: of each caption, or of a corpus from the sum of its rows.
+    """BLEU-1..max_n from `bleu_statistics`: of each caption, or of a corpus from the sum of its rows.
 
-    BLEU-n = min(1, exp(1 - r/h)) (prod_{k<=n} matched_k / all_k)^(1/n), in 0..1, with r the reference words and h
-    the words (Papineni et al. 2002, section 2.3). The corpus value is not the mean of the captions' values.
+    BLEU-n = min(1, exp(1 - r/h)) (prod_{k<=n} matched_k / all_k)^(1/n), in 0..1, with r the reference words
+    and h the words (Papineni et al. 2002, section 2.3). The corpus value is not the mean of the captions'
+    values.
     """
     statistics = np.asarray(statistics, np.float64)
     max_n = statistics.shape[-1] // 2 - 1

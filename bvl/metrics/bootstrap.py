@@ -19,7 +19,8 @@ class Interval:
     """A two-sided interval. `unit` names what was resampled ("patient", "image"), `num_groups` how many there are.
 
     `num_dropped` replicates had no value (a class was absent from the sample) and were left out. The ends are
-    NaN when there are fewer than two groups, since one group shows no spread, or when no replicate has a value.
+    NaN when there are fewer than two groups, since one group shows no spread, or when no replicate has a
+    value.
     """
 
     low: float
@@ -93,8 +94,8 @@ def bootstrap_sums(
 ) -> Interval:
     """`bootstrap_interval` of a statistic of the sums over rows (corpus BLEU, micro F1), from sums by group.
 
-    Row i of `values` is what example i adds to each of the s sums. Same draws as `bootstrap_interval` with the same
-    seed. Raises DataError for no rows or when the numbers of rows disagree.
+    Row i of `values` is what example i adds to each of the s sums. Same draws as `bootstrap_interval` with
+    the same seed. Raises DataError for no rows or when the numbers of rows disagree.
     """
     codes, num_groups = _codes(groups, num_samples, level)
     values = np.asarray(values, np.float64)

@@ -16,8 +16,8 @@ def clip_score(
 ) -> Float[np.ndarray, " n"]:
     """CLIPScore of caption i for image i: 2.5 max(cos, 0) (Hessel et al. 2021, section 3).
 
-    Embeddings have unit norm. The paper embeds captions behind "A photo depicts"; a published number needs the same
-    model and words. Raises DataError when shapes disagree or a norm is not 1.
+    Embeddings have unit norm. The paper embeds captions behind "A photo depicts"; a published number needs
+    the same model and words. Raises DataError when shapes disagree or a norm is not 1.
     """
     image_embed, text_embed = _pairs(image_embed, text_embed)
     return 2.5 * np.maximum(np.einsum("nd,nd->n", image_embed, text_embed), 0)
@@ -31,15 +31,16 @@ def ref_clip_score(
 ) -> Float[np.ndarray, " n"]:
     """RefCLIPScore: harmonic mean of CLIPScore and the greatest max(cos, 0) of caption and reference.
 
-    Hessel et al. 2021, section 3. Reference j belongs to caption `reference_of[j]`. 0 where either part is 0, NaN for a caption without
-    reference. Raises DataError when shapes disagree, a norm is not 1, or an owner is no caption.
+    Hessel et al. 2021, section 3. Reference j belongs to caption `reference_of[j]`. 0 where either part is 0,
+    NaN for a caption without reference. Raises DataError when shapes disagree, a norm is not 1, or an owner
+    is no caption.
     """
     to_image = clip_score(image_embed, text_embed)
     text_embed, reference_embed = np.asarray(text_embed, np.float64), _unit(reference_embed, "reference")
     owners = np.asarray(reference_of, np.int64)
     if owners.shape != reference_embed.shape[:1] or reference_embed.shape[1:] != text_embed.shape[1:]:
         raise DataError(
-            f"references {reference_embed.shape} of captions {owners.shape} beside captions {text_embed.shape}"
+            f"references {reference_embed.shape} of captions {owners.shape}, captions {text_embed.shape}"
         )
     if len(owners) and not 0 <= owners.min() <= owners.max() < len(text_embed):
         raise DataError(f"reference_of names captions outside 0..{len(text_embed) - 1}")
@@ -53,10 +54,10 @@ def ref_clip_score(
 
 @dataclasses.dataclass(frozen=True)
 class SelfRetrieval:
-    """Where each caption's own image ranks among `num_candidates` images (itself among them); row i is caption i.
+    """Where each caption's own image ranks among `num_candidates` images (it is one); row i is caption i.
 
-    `hit`: probability in 0..1 that it is first. `rank`: mean rank, 1 the best. `reciprocal_rank`: mean of 1 / rank.
-    All under a random order of images with equal scores. `bootstrap_mean` takes the arrays as they are.
+    `hit`: probability in 0..1 that it is first. `rank`: mean rank, 1 the best. `reciprocal_rank`: mean of 1 /
+    rank. All under a random order of images with equal scores. `bootstrap_mean` takes the arrays as they are.
     `chance_hit`, `chance_reciprocal_rank`: means of a scorer that knows nothing.
     """
 
@@ -77,14 +78,14 @@ def retrieve_in_pools(
 ) -> SelfRetrieval:
     """Self-retrieval: caption i must pick image i by inner product out of a random pool (Dessi et al. 2023).
 
-    The images in an order drawn by `seed` are cut into pools, and every caption is asked once, in the pool of its
-    image. All pools have exactly `pool_size` images: the last one is filled up with other images, whose captions
-    are not asked again. Fewer images are one pool, and `num_candidates` says its size.
+    The images in an order drawn by `seed` are cut into pools, and every caption is asked once, in the pool of
+    its image. All pools have exactly `pool_size` images: the last one is filled up with other images, whose
+    captions are not asked again. Fewer images are one pool, and `num_candidates` says its size.
 
-    Ties: an image with the same score as the own one stands before or after it with equal chance, so a caption
-    shared by t images with equal embeddings hits 1/t, and a collapsed scorer hits at chance. Scores that are not a
-    number count as worst for the own image and as best for others. Raises DataError when shapes disagree, a norm
-    is not 1, pool_size is below 2, or there are fewer than 2 images.
+    Ties: an image with the same score as the own one stands before or after it with equal chance, so a
+    caption shared by t images with equal embeddings hits 1/t, and a collapsed scorer hits at chance. Scores
+    that are not a number count as worst for the own image and as best for others. Raises DataError when
+    shapes disagree, a norm is not 1, pool_size is below 2, or there are fewer than 2 images.
     """
     image_embed, text_embed = _pairs(image_embed, text_embed)
     num = len(image_embed)
@@ -102,10 +103,11 @@ def retrieve_in_pools(
 def near_neighbours(
     embed: Float[np.ndarray, "n d"], *, bag_size: int = 10, chunk_rows: int = 512
 ) -> Integer[np.ndarray, "n k"]:
-    """For each image itself, then its nearest others by inner product, nearest first: rows of k = bag_size images.
+    """For each image itself, then its nearest others by inner product, nearest first: k = bag_size images.
 
     Equally near ones come in the order of their indices. Fewer images than `bag_size` are all in every bag.
-    Memory is chunk_rows x n. Raises DataError for bag_size below 2, fewer than 2 images, or a norm that is not 1.
+    Memory is chunk_rows x n. Raises DataError for bag_size below 2, fewer than 2 images, or a norm that is
+    not 1.
     """
     embed = _unit(embed, "image")
     if bag_size < 2 or len(embed) < 2:
@@ -134,9 +136,10 @@ def retrieve_in_bags(
 ) -> SelfRetrieval:
     """Self-retrieval among look-alikes: caption i must pick image i = bags[i, 0] out of the images bags[i].
 
-    After TrueMatch (Gaur et al. 2024), which has fixed bags of similar images; here every image has a bag of its
-    own, from `near_neighbours`, so that it works on any data. Ties and unknown scores as in `retrieve_in_pools`. Raises DataError when shapes
-    disagree, a norm is not 1, or a bag does not begin with its own image or names one twice.
+    After TrueMatch (Gaur et al. 2024), which has fixed bags of similar images; here every image has a bag of
+    its own, from `near_neighbours`, so that it works on any data. Ties and unknown scores as in
+    `retrieve_in_pools`. Raises DataError when shapes disagree, a norm is not 1, or a bag does not begin with
+    its own image or names one twice.
     """
     image_embed, text_embed = _pairs(image_embed, text_embed)
     bags = np.asarray(bags)
@@ -195,7 +198,7 @@ def _pairs(image_embed, text_embed) -> tuple[np.ndarray, np.ndarray]:
     image_embed, text_embed = _unit(image_embed, "image"), _unit(text_embed, "text")
     if image_embed.shape != text_embed.shape:
         raise DataError(
-            f"image embeddings {image_embed.shape} and text embeddings {text_embed.shape}: give one caption an image"
+            f"image embeddings {image_embed.shape}, text embeddings {text_embed.shape}: give one caption an image"
         )
     return image_embed, text_embed
 

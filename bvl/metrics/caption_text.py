@@ -28,10 +28,10 @@ _DROPPED = frozenset(".,;:?!'\"“”„«»()[]{}-‐‑‒–—−/\\|^•·"
 def tokenize(text: str) -> list[str]:
     """The lower-case words of a text without punctuation: the tokens on which caption metrics are compared.
 
-    The rules follow the Penn Treebank tokens that COCO caption scores are computed on (Chen et al. 2015), without
-    Java. Hyphens, slashes, apostrophes and & inside a word stay ("right-sided", "ap/pa"), as do separators inside a
-    number ("3.5", "1,200", "10:30"); "patient's" is `patient 's`, "isn't" is `is n't`, "cannot" is `can not`.
-    Symbols are tokens ("<", "%", "°"). Stops, commas, quotes, brackets and dashes go.
+    The rules follow the Penn Treebank tokens that COCO caption scores are computed on (Chen et al. 2015),
+    without Java. Hyphens, slashes, apostrophes and & inside a word stay ("right-sided", "ap/pa"), as do
+    separators inside a number ("3.5", "1,200", "10:30"); "patient's" is `patient 's`, "isn't" is `is n't`,
+    "cannot" is `can not`. Symbols are tokens ("<", "%", "°"). Stops, commas, quotes, brackets and dashes go.
 
     Known differences from the Java tokenizer: a stop between two words without a space separates them, no
     abbreviation keeps its last stop, brackets leave nothing (there: `-lrb-`), compatibility characters become
@@ -71,7 +71,8 @@ def length_obeyed(
 ) -> Float[np.ndarray, " n"]:
     """1 where |written - asked| <= tolerance words, else 0; NaN where no length was asked.
 
-    The mean over the known rows is the share of captions that obey, and `bootstrap_mean` takes the array as it is.
+    The mean over the known rows is the share of captions that obey, and `bootstrap_mean` takes the array as
+    it is.
     """
     error = length_error(asked, texts)
     return np.where(np.isnan(error), np.nan, np.abs(error) <= tolerance)
@@ -80,9 +81,10 @@ def length_obeyed(
 def distinct_n(captions: Sequence[Sequence[str]], n: int) -> float:
     """Number of different n-grams over the number of n-grams of all captions (Li et al. 2016).
 
-    Li et al. divide by the number of words; here every n reaches 1. The value falls as captions are added, so only
-    sets of the same size compare; resampling with replacement repeats captions and would bias it, so it has no
-    bootstrap interval. NaN when no caption has n words. Raises DataError for n below 1 or strings as captions.
+    Li et al. divide by the number of words; here every n reaches 1. The value falls as captions are added, so
+    only sets of the same size compare; resampling with replacement repeats captions and would bias it, so it
+    has no bootstrap interval. NaN when no caption has n words. Raises DataError for n below 1 or strings as
+    captions.
     """
     if n < 1:
         raise DataError(f"n={n}: n-grams have at least 1 word")
@@ -92,7 +94,7 @@ def distinct_n(captions: Sequence[Sequence[str]], n: int) -> float:
 
 
 def unique_share(captions: Sequence[Sequence[str]]) -> float:
-    """Number of different captions over the number of captions; NaN for none. Like `distinct_n`, by size of set."""
+    """Number of different captions over the number of captions; NaN for none. Like `distinct_n`, no mean."""
     check_tokens(captions)
     return len({tuple(words) for words in captions}) / len(captions) if captions else float("nan")
 
@@ -112,7 +114,7 @@ def check_tokens(captions: Sequence[Sequence[str]]) -> None:
 
 
 def check_pairs(hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> None:
-    """Raises DataError unless there are tokens for every hypothesis and for at least one reference of each."""
+    """Raises DataError unless every hypothesis and one or more references of each are given as tokens."""
     if len(hypotheses) != len(references):
         raise DataError(f"{len(hypotheses)} hypotheses but references for {len(references)}")
     check_tokens(hypotheses)

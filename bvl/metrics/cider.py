@@ -32,7 +32,7 @@ class DocumentFrequencies:
 def document_frequencies(
     references: Sequence[Sequence[Sequence[str]]], *, max_n: int = 4
 ) -> DocumentFrequencies:
-    """`DocumentFrequencies` of the references of a set of images, for `cider_d` of a part of it or of one image."""
+    """`DocumentFrequencies` of the references of a set of images, to score a part of it or one image."""
     counts: collections.Counter[tuple[str, ...]] = collections.Counter()
     for several in references:
         check_tokens(several)
@@ -52,12 +52,14 @@ def cider_d(
 
     With g(c) the vector of count x (log images - log max(1, images with the n-gram)) of a caption's n-grams,
 
-        10 / (N m) sum_{n<=N} sum_{j<=m} exp(-(l_c - l_j)^2 / 2 sigma^2) min(g_n(c), g_n(j)) . g_n(j) / |g_n(c)| |g_n(j)|
+        10 / (N m) sum_{n<=N, j<=m} exp(-(l_c - l_j)^2 / 2 sigma^2) cos_n(c, j)
+        cos_n(c, j) = min(g_n(c), g_n(j)) . g_n(j) / (|g_n(c)| |g_n(j)|)
 
     over the m references (CIDEr-D of Vedantam et al. 2015). l counts bigrams, as pycocoevalcap does: words
-    less one. `frequencies` default to those of the references given, so a value belongs to its set; over a single
-    image every weight is log 1 and the score 0. An interval from `bootstrap_mean` holds the frequencies fixed.
-    Raises DataError for strings instead of tokens, a hypothesis without reference, or sigma or max_n out of range.
+    less one. `frequencies` default to those of the references given, so a value belongs to its set; over a
+    single image every weight is log 1 and the score 0. An interval from `bootstrap_mean` holds the
+    frequencies fixed. Raises DataError for strings instead of tokens, a hypothesis without reference, or
+    sigma or max_n out of range.
     """
     if max_n < 1 or not sigma > 0:
         raise DataError(f"max_n={max_n}, sigma={sigma}: n-grams have at least 1 word and sigma is positive")

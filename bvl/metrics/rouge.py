@@ -19,10 +19,10 @@ def rouge_l(
 ) -> Float[np.ndarray, " n"]:
     """F_beta of the longest common subsequence, per caption in 0..1; the corpus value is the mean.
 
-    P = LCS / words of the hypothesis, R = LCS / words of the reference, F = (1 + beta^2) P R / (R + beta^2 P) (Lin
-    2004, equations 2 to 4). P and R are each the greatest over the references, as pycocoevalcap has it, so they can
-    come from different ones. An empty caption matches an empty reference only. Raises DataError for strings
-    instead of tokens or a hypothesis without reference.
+    P = LCS / words of the hypothesis, R = LCS / words of the reference, F = (1 + beta^2) P R / (R + beta^2 P)
+    (Lin 2004, equations 2 to 4). P and R are each the greatest over the references, as pycocoevalcap has it,
+    so they can come from different ones. An empty caption matches an empty reference only. Raises DataError
+    for strings instead of tokens or a hypothesis without reference.
     """
     check_pairs(hypotheses, references)
     scores = np.zeros(len(hypotheses))
@@ -38,7 +38,7 @@ def rouge_l(
 
 
 def _common_subsequence(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, a row of the table at a time as the bits of an int (Hyyro 2004)."""
+    """Length of the longest common subsequence, a row of its table as the bits of an int (Hyyro 2004)."""
     where: dict[str, int] = collections.defaultdict(int)
     for i, word in enumerate(a):
         where[word] |= 1 << i
