@@ -152,6 +152,8 @@ def test_near_neighbours_equal_a_full_sort(chunk_rows, rng):
         others = sorted((j for j in range(20) if j != i), key=lambda j: (-scores[i, j], j))
         assert found[i].tolist() == [i, *others[:4]]
     assert near_neighbours(embed[:3], bag_size=10).shape == (3, 3)
+    broken = np.where(np.arange(4)[:, None] == 1, np.nan, at(1, 0.9, 0.5, 0))
+    assert near_neighbours(broken, bag_size=4)[:2].tolist() == [[0, 2, 3, 1], [1, 0, 2, 3]]
 
 
 def test_bad_input_is_refused(rng):

@@ -105,9 +105,9 @@ def near_neighbours(
 ) -> Integer[np.ndarray, "n k"]:
     """For each image itself, then its nearest others by inner product, nearest first: k = bag_size images.
 
-    Equally near ones come in the order of their indices. Fewer images than `bag_size` are all in every bag.
-    Memory is chunk_rows x n. Raises DataError for bag_size below 2, fewer than 2 images, or a norm that is
-    not 1.
+    Equally near ones come in the order of their indices, unknown ones (NaN) last. Fewer images than
+    `bag_size` are all in every bag. Memory is chunk_rows x n. Raises DataError for bag_size below 2, fewer
+    than 2 images, or a norm that is not 1.
     """
     embed = _unit(embed, "image")
     if bag_size < 2 or len(embed) < 2:
@@ -116,6 +116,7 @@ def near_neighbours(
     bags = np.empty((len(embed), size), np.int64)
     for start in range(0, len(embed), chunk_rows):
         scores = _scores(embed[start : start + chunk_rows], embed)
+        scores[np.isnan(scores)] = -np.inf
         rows = np.arange(len(scores))
         # An image can have exact copies, so that "nearest first" alone would not put it first.
         scores[rows, start + rows] = np.inf
