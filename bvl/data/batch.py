@@ -8,6 +8,8 @@ A task names the keys it reads; the pipeline builds those, plus the bookkeeping 
     text                  i32 [K, T]        text_mask    bool [K, T]
     text_valid            bool [K]: False where a record has fewer than K different texts
     text_id               u32 [K]: equal texts have equal ids
+    prompt                i32 [K, P]        prompt_mask  bool [K, P]: start token and controls of each text, padded on
+                          the left (bvl/data/controls.py)
     labels                f32 [C]           label_valid  bool [C]
 """
 
@@ -37,6 +39,8 @@ KEY_NEEDS: dict[str, Need] = {
     "text_mask": Need.TEXT,
     "text_valid": Need.TEXT,
     "text_id": Need.TEXT,
+    "prompt": Need.TEXT,
+    "prompt_mask": Need.TEXT,
     "labels": Need.LABELS,
     "label_valid": Need.LABELS,
 }

@@ -9,6 +9,7 @@ needs the step alone.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ import grain
 import numpy as np
 
 from bvl.data.batch import Need, needs_of
+from bvl.data.controls import Controls
 from bvl.data.sampler import Sampler, weight_at
 from bvl.data.sources import RecordSet, Source
 from bvl.data.text import Tokenizer, TokenizerConfig
@@ -40,6 +42,7 @@ class DataConfig:
     among them, at least one each.
     texts_per_image: K of the text keys; a record with fewer different texts fills the rest with invalid ones.
     word_dropout: share of the words of a training text that are left out, drawn anew for each; one always stays.
+    controls: what stands in front of captions to say which one is wanted.
     classes: names of the label columns, None = all labels in training.
     """
 
@@ -50,6 +53,7 @@ class DataConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     texts_per_image: int = 1
     word_dropout: float = 0.0
+    controls: Controls = Controls()
     classes: tuple[str, ...] | None = None
     max_bad_fraction: float = 0.01
     workers: int = 0
@@ -66,6 +70,14 @@ class DataConfig:
         names = [s.label for s in self.train]
         if len(set(names)) < len(names) and self.root is None:
             raise ConfigError(f"data.train: source names must differ, got {names}; set name=")
+
+        options = [option for s in self.train for option, _ in s.choice().options]
+        for section in self.controls.sections:
+            if section not in options:
+                raise ConfigError(
+                    f"data.controls.sections: no source reads the text {section!r}; they read "
+                    f"{', '.join(dict.fromkeys(options))} (data.train.0.text)"
+                )
 
     def augment_of(self, source: Source) -> Augment:
         """The random changes of a source's training images."""
@@ -88,6 +100,15 @@ class DataConfig:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class DrawnText:
+    """A training text, the same text before words were left out, and its controls as `Controls.prefix` takes them."""
+
+    text: str
+    whole: str
+    controls: dict[str, Any]
+
+
 class Pipeline:
     """Training batches of a weighted mixture of record sets."""
 
@@ -108,6 +129,7 @@ class Pipeline:
         self.needs = needs_of(self.keys)
         if Need.TEXT in self.needs and tokenizer is None:
             raise ConfigError("a task reads text, but no tokenizer was given")
+        self._with_prompt = bool(self.keys & {"prompt", "prompt_mask"})
         flipped = [s.config.laterality for s in sets if config.augment_of(s.config).flip_horizontal]
         if flipped and all(flipped):
             raise ConfigError(
@@ -124,6 +146,7 @@ class Pipeline:
             classes=[s.classes(i) for s, i in zip(sets, self.indices, strict=True)],
         )
         self._class_index = {name: i for i, name in enumerate(classes)}
+        self._control_notes = self._check_controls() if self._with_prompt else []
 
     @property
     def num_records(self) -> int:
@@ -151,7 +174,41 @@ class Pipeline:
                 f"source {record_set.name}: {len(index)} of {len(record_set)} records{why}, share {shares}{balanced}"
                 f"{notes}"
             )
-        return lines
+        return lines + self._control_notes
+
+    def _check_controls(self) -> list[str]:
+        """What is to be said of the records' controls; raises DataError for a control that none of them has."""
+        controls, notes = self.config.controls, []
+        texts, without, prompts = 0, 0, []
+        for record_set, index in zip(self.sets, self.indices, strict=True):
+            for record in (record_set.describe(int(i)) for i in index):
+                for chosen in record_set.choice.in_order(record) if controls.quality else ():
+                    texts += 1
+                    without += controls.quality_of(chosen, record) is None
+                if controls.prompt is not None:
+                    prompts.append(controls.prompt_of(record))
+        if controls.quality:
+            if without == texts:
+                raise DataError(
+                    f"data.controls.quality={controls.quality}, but no text that is read has a quality; "
+                    f"`bvl data score` writes it into the records"
+                )
+            notes.append(f"controls: {without} of {texts} texts have no quality")
+        if controls.prompt is not None:
+            given = [prompt for prompt in prompts if prompt is not None]
+            if not given:
+                raise DataError(f"data.controls.prompt={controls.prompt!r}, but no record has this field")
+            cut = sum(n > controls.prompt_tokens for n in self.tokenizer.lengths(given))
+            notes.append(
+                f"controls: {len(prompts) - len(given)} of {len(prompts)} records have no {controls.prompt!r}"
+                + (
+                    f"; {cut} are longer than their room of {controls.prompt_tokens} tokens and are cut "
+                    f"(data.controls.prompt_tokens)"
+                    if cut
+                    else ""
+                )
+            )
+        return notes
 
     def example(self, position: int) -> dict[str, Any]:
         """The example at `position`: the declared batch keys, and "bad" with what could not be read."""
@@ -206,17 +263,44 @@ class Pipeline:
             out["image_valid"] = np.bool_(record.get("image") is not None)
         if Need.TEXT in self.needs:
             count = config.texts_per_image
-            texts = record_set.choice.pick(record, rng, count)
-            out["text_valid"] = np.arange(count) < len(texts)
-            texts += [""] * (count - len(texts))
+            drawn = self.draw_texts(record_set, record, rng)
+            out["text_valid"] = np.arange(count) < len(drawn)
+            missing = [""] * (count - len(drawn))
             # Two texts with the same meaning stay each other's positives, whichever words are left out.
-            out["text_id"] = np.array([text_id(text) for text in texts], np.uint32)
-            if config.word_dropout:
-                texts = [drop_words(text, config.word_dropout, rng) for text in texts]
-            out["text"], out["text_mask"] = self.tokenizer.encode_texts(texts)
+            out["text_id"] = np.array(
+                [text_id(text) for text in [d.whole for d in drawn] + missing], np.uint32
+            )
+            out["text"], out["text_mask"] = self.tokenizer.encode_texts([d.text for d in drawn] + missing)
+            if self._with_prompt:
+                rows = [config.controls.prefix(self.tokenizer, **d.controls, cut=True) for d in drawn]
+                rows += [config.controls.prefix(self.tokenizer)] * len(missing)
+                out["prompt"], out["prompt_mask"] = (np.stack(arrays) for arrays in zip(*rows, strict=True))
         if Need.LABELS in self.needs:
             out["labels"], out["label_valid"] = encode_labels(record, self._class_index)
         return {k: v for k, v in out.items() if k in self.keys}
+
+    def draw_texts(
+        self, record_set: RecordSet, record: dict[str, Any], rng: np.random.Generator
+    ) -> list[DrawnText]:
+        """The texts that training shows of a record, in this order of draws: texts, words, controls."""
+        config, controls = self.config, self.config.controls
+        chosen = record_set.choice.draw(record, rng, config.texts_per_image)
+        texts = [
+            drop_words(c.text, config.word_dropout, rng) if config.word_dropout else c.text for c in chosen
+        ]
+        given: list[dict[str, Any]] = [{} for _ in chosen]
+        if self._with_prompt and controls.enabled:
+            # The same number of draws, whatever the record has.
+            kept = rng.random((len(chosen), len(controls.enabled))) >= controls.dropout
+            for i, (origin, text) in enumerate(zip(chosen, texts, strict=True)):
+                shown = dataclasses.replace(origin, text=text)
+                known = controls.of_text(shown, record, self.tokenizer)
+                names = itertools.compress(controls.enabled, kept[i])
+                given[i] = {name: known[name] for name in names if name in known}
+        return [
+            DrawnText(text, whole.text, values)
+            for text, whole, values in zip(texts, chosen, given, strict=True)
+        ]
 
     def batches(
         self, *, start: int, stop: int, host: int = 0, num_hosts: int = 1
@@ -288,8 +372,12 @@ def label_names(sets: list[RecordSet]) -> tuple[str, ...]:
     )
 
 
-def training_texts(sets: list[RecordSet]) -> Iterator[str]:
-    """Every text that training could show, once for each record and field."""
+def training_texts(sets: list[RecordSet], controls: Controls | None = None) -> Iterator[str]:
+    """Every text that training could show, once for each record and field; with `controls` also the prompts."""
     for record_set in sets:
         for i in range(len(record_set)):
-            yield from record_set.choice.all(record_set.describe(i))
+            record = record_set.describe(i)
+            yield from record_set.choice.all(record)
+            prompt = controls.prompt_of(record) if controls is not None else None
+            if prompt is not None:
+                yield prompt

@@ -10,6 +10,8 @@ of ArrayRecord files, of a TFDS set or of arrays in memory:
     boxes         list of {"box": [x0, y0, x1, y1] in fractions of the image, "name": string}
     mask          path of a PNG of instance ids (0 = background, id k belongs to boxes[k-1]),
                   or, with mask_name, of one named region
+    quality       {"caption": 3}: bins of the texts of a field, 0 = worst; of a field with a list of texts a list of
+                  bins, null for none;  similarity: likewise, what the bins were made from
     modality, view, study_id, split, patient_id | group_id, source, licence
 
 A field that is null or blank is absent and left out of the dict. Fields not named here are kept as they are.
@@ -191,6 +193,8 @@ def check_record(record: Mapping[str, Any], *, where: str) -> Record:
         raise DataError(
             f'{where}: labels is {shorten(labels)}; it must be a list of strings such as ["a", "b"], or null.'
         )
+    if "quality" in record:
+        record["quality"] = _check_quality(record["quality"], where)
     boxes = record.get("boxes")
     if boxes is not None:
         if not isinstance(boxes, list):
@@ -199,6 +203,19 @@ def check_record(record: Mapping[str, Any], *, where: str) -> Record:
             )
         record["boxes"] = [_check_box(box, f"{where}, boxes[{i}]") for i, box in enumerate(boxes)]
     return record
+
+
+def _check_quality(quality: Any, where: str) -> dict[str, Any]:
+    """The quality without fields that have none."""
+    fields = {k: v for k, v in quality.items() if v is not None} if isinstance(quality, dict) else {"": None}
+    for value in fields.values():
+        bins = [v for v in value if v is not None] if isinstance(value, list) else [value]
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in bins):
+            raise DataError(
+                f'{where}: quality is {shorten(quality)}; it must be an object such as {{"caption": 3}}, with a bin '
+                f"from 0 on for each field, or a list of bins for a field with a list of texts."
+            )
+    return fields
 
 
 def _check_box(entry: Any, where: str) -> dict[str, Any]:

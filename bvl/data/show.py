@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -12,10 +13,10 @@ from jaxtyping import Int
 from PIL import Image, ImageDraw, ImageFont
 
 from bvl.data.batch import Need
+from bvl.data.controls import Controls
 from bvl.data.pipeline import DataConfig, Pipeline, training_texts
 from bvl.data.sources import RecordSet
 from bvl.data.text import Tokenizer
-from bvl.data.text_choice import drop_words
 from bvl.data.transforms import Transformed, apply
 from bvl.errors import ConfigError, DataError
 
@@ -102,9 +103,10 @@ def _make_tokenizer(config: DataConfig, sets: list[RecordSet]) -> Tokenizer | No
     """The one a fresh run would have; None where there is no text."""
     options = config.tokenizer
     if options.path is not None:
-        return Tokenizer.load(options.path, options.context_length, options.lowercase)
-    texts = list(training_texts(sets))
-    return Tokenizer.train(texts, options) if texts else None
+        loaded = Tokenizer.load(options.path, options.context_length, options.lowercase)
+        return loaded.with_tokens(config.controls.tokens())
+    texts = list(training_texts(sets, config.controls))
+    return Tokenizer.train(texts, options, config.controls.tokens()) if texts else None
 
 
 def _tile(pipeline: Pipeline, position: int, *, augmented: bool, colours: dict[str, Colour]) -> _Tile:
@@ -141,15 +143,31 @@ def _tile(pipeline: Pipeline, position: int, *, augmented: bool, colours: dict[s
     if labels := record.get("labels"):
         lines.append(_Line("labels: " + ", ".join(labels), FAINT))
     if tokenizer is not None:
-        choice = record_set.choice
         if augmented:
-            texts = choice.pick(record, rng, config.texts_per_image)
-            if config.word_dropout:
-                texts = [drop_words(text, config.word_dropout, rng) for text in texts]
+            texts = [(drawn.text, drawn.controls) for drawn in pipeline.draw_texts(record_set, record, rng)]
         else:
-            texts = [text for text in [choice.first(record)] if text is not None]
-        lines += [_decoded(text, tokenizer) for text in texts] or [_Line("(no text)", FAINT)]
+            texts = [
+                (first.text, config.controls.of_text(first, record, tokenizer))
+                for first in record_set.choice.in_order(record)[:1]
+            ]
+        for text, controls in texts:
+            if "prompt" in pipeline.keys and controls:
+                lines.append(_Line(_prefix(config.controls, controls, tokenizer), FAINT))
+            lines.append(_decoded(text, tokenizer))
+        if not texts:
+            lines.append(_Line("(no text)", FAINT))
     return _Tile(picture, lines)
+
+
+def _prefix(controls: Controls, given: dict[str, Any], tokenizer: Tokenizer) -> str:
+    """What stands in front of a text, as it comes back from its ids."""
+    ids, mask = controls.prefix(tokenizer, **given, cut=True)
+    after_start = [int(i) for i in ids[mask][1:]]
+    parts: list[str] = []
+    for is_control, group in itertools.groupby(after_start, key=tokenizer.control_ids.__contains__):
+        run = list(group)
+        parts += map(tokenizer.token, run) if is_control else [tokenizer.decode(run)]
+    return " ".join(parts)
 
 
 def _decoded(text: str, tokenizer: Tokenizer) -> _Line:

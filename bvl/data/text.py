@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +53,7 @@ class Tokenizer:
     """A Hugging Face `tokenizers` model with start, end and padding to a fixed context length.
 
     mask_id: of the token that hides a word from a masked language model; None where the vocabulary has none.
+    control_ids: of entries that are neither words nor one of the usual special tokens, as `with_tokens` adds them.
     """
 
     def __init__(self, model: tokenizers.Tokenizer, context_length: int):
@@ -60,6 +63,12 @@ class Tokenizer:
         self.context_length = context_length
         self.pad_id, self.start_id, self.end_id = (_role_id(model, role) for role in ("pad", "start", "end"))
         self.mask_id = _find_role(model, "mask")
+        names = {*itertools.chain(*ROLES.values()), UNKNOWN, "<unk>"}
+        self.control_ids = frozenset(
+            i
+            for i, token in model.get_added_tokens_decoder().items()
+            if token.special and token.content not in names
+        )
         # Ids may have gaps; a token embedding needs a row up to the highest.
         self.vocab_size = 1 + max(model.get_vocab().values())
 
@@ -69,10 +78,10 @@ class Tokenizer:
         _reading_plain_text(self._model)
 
     @classmethod
-    def train(cls, texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    def train(cls, texts: Iterable[str], config: TokenizerConfig, extra: Sequence[str] = ()) -> Tokenizer:
         """Learn a vocabulary from `texts`; equal texts in equal order give equal tokenizers.
 
-        Raises DataError if there is no text.
+        extra: further entries, as `with_tokens` adds them. Raises DataError if there is no text.
         """
         special = [PAD, UNKNOWN, START, END, MASK]
         texts = list(texts)
@@ -92,7 +101,7 @@ class Tokenizer:
                 initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             )
             model.train_from_iterator(texts, trainer)
-        return cls(model, config.context_length)
+        return cls(model, config.context_length).with_tokens(extra)
 
     @classmethod
     def load(cls, path: str | Path, context_length: int, lowercase: bool = True) -> Tokenizer:
@@ -115,12 +124,26 @@ class Tokenizer:
             ) from error
         return cls(model, context_length)
 
+    def with_tokens(self, names: Sequence[str]) -> Tokenizer:
+        """A tokenizer whose vocabulary has `names` too, those it lacks at its end: entries that no text is read as."""
+        new = [name for name in names if self._model.token_to_id(name) is None]
+        if not new:
+            return self
+        tree = json.loads(self._model.to_str())
+        vocabulary = tree["model"]["vocab"]
+        if isinstance(vocabulary, dict) and self.vocab_size > self._model.get_vocab_size():
+            # The library numbers new entries by counting the old ones; where ids have gaps, such a number is taken.
+            vocabulary |= {name: self.vocab_size + i for i, name in enumerate(new)}
+        model = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        model.add_special_tokens(new)
+        return Tokenizer(model, self.context_length)
+
     def save(self, path: Path) -> None:
         self._model.save(str(path))
 
     def encode(self, text: str) -> tuple[Int32[np.ndarray, " t"], Bool[np.ndarray, " t"], bool]:
         """(ids, mask, truncated): start + text + end, padded; a cut text keeps its end token."""
-        ids = self._model.encode(text, add_special_tokens=False).ids
+        ids = self.ids(text)
         room = self.context_length - 2
         truncated = len(ids) > room
         ids = [self.start_id, *ids[:room], self.end_id]
@@ -133,13 +156,37 @@ class Tokenizer:
         rows = [self.encode(text) for text in texts]
         return np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows])
 
+    def ids(self, text: str) -> list[int]:
+        """Token ids of the text alone, without start and end, however many."""
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def token_id(self, name: str) -> int:
+        """Id of a vocabulary entry; raises DataError where there is none."""
+        token_id = self._model.token_to_id(name)
+        if token_id is None:
+            raise DataError(f"the tokenizer has no token {name}; was the run trained with other controls?")
+        return token_id
+
+    def token(self, token_id: int) -> str:
+        """The vocabulary entry of an id; raises DataError where there is none."""
+        token = self._model.id_to_token(token_id)
+        if token is None:
+            raise DataError(f"the tokenizer has no token of id {token_id}")
+        return token
+
+    def up_to_context(self, text: str) -> str:
+        """The beginning of the text that `encode` keeps."""
+        room = self.context_length - 2
+        offsets = self._model.encode(text, add_special_tokens=False).offsets
+        return text if len(offsets) <= room else text[: offsets[room - 1][1]]
+
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` up to the first end token, without the special tokens."""
+        """Text of `ids` up to the first end token, without the special tokens and controls."""
         out = []
         for i in ids:
             if i == self.end_id:
                 break
-            if i not in (self.pad_id, self.start_id):
+            if i not in (self.pad_id, self.start_id) and i not in self.control_ids:
                 out.append(int(i))
         return self._model.decode(out, skip_special_tokens=False).strip()
 
@@ -153,8 +200,8 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """Of padding, start and end, which hold no word."""
-        return tuple(sorted({self.pad_id, self.start_id, self.end_id}))
+        """Of padding, start, end and controls, which hold no word."""
+        return tuple(sorted({self.pad_id, self.start_id, self.end_id} | self.control_ids))
 
     @property
     def hash(self) -> str:

@@ -29,6 +29,18 @@ def drop_words(text: str, rate: float, rng: np.random.Generator) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChosenText:
+    """A text of a record and where it came from.
+
+    option: of the choice. alternative: place in the field's list of texts, 0 where it holds one.
+    """
+
+    text: str
+    option: str
+    alternative: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class TextChoice:
     """Which text of a record is read: options with probabilities.
 
@@ -89,37 +101,45 @@ class TextChoice:
     def all(self, record: Mapping[str, Any]) -> list[str]:
         """Every text that `pick` could return, but of several described labels not every combination."""
         texts = [
-            text
+            shown.text
             for labels in self._descriptions_in_turn(record)
             for _, alternatives in self._candidates(record, labels)
-            for text in self._as_shown(alternatives)
+            for shown in self._as_shown(alternatives)
         ]
         # In turn, every option without labels comes again.
         return list(dict.fromkeys(texts)) if self._known(record) else texts
 
     def pick(self, record: Mapping[str, Any], rng: np.random.Generator, count: int = 1) -> list[str]:
         """Up to `count` different texts: of different options first, then other alternatives of an option."""
+        return [chosen.text for chosen in self.draw(record, rng, count)]
+
+    def draw(self, record: Mapping[str, Any], rng: np.random.Generator, count: int = 1) -> list[ChosenText]:
+        """The texts of `pick`, and where each came from."""
         candidates = list(self._candidates(record, self._draw_descriptions(record, rng)))
         weights = np.array([p for p, _ in candidates])
         unused = [self._as_shown(alternatives) for _, alternatives in candidates]
-        picked: dict[int, str] = {}
+        picked: dict[int, ChosenText] = {}
         while len(picked) < count and any(unused):
             left = [i for i, texts in enumerate(unused) if texts]
             share = weights[left] / weights[left].sum()
             for i in rng.choice(len(left), min(count - len(picked), len(left)), replace=False, p=share):
                 texts = unused[left[i]]
-                text = texts.pop(int(rng.integers(len(texts))))
-                picked.setdefault(text_id(text), text)
+                chosen = texts.pop(int(rng.integers(len(texts))))
+                picked.setdefault(text_id(chosen.text), chosen)
         return list(picked.values())
 
     def for_evaluation(self, record: Mapping[str, Any]) -> list[str]:
         """The record's different texts, those of the most probable option first; no randomness."""
+        return [chosen.text for chosen in self.in_order(record)]
+
+    def in_order(self, record: Mapping[str, Any]) -> list[ChosenText]:
+        """The texts of `for_evaluation`, and where each came from."""
         first = {label: texts[0] for label, texts in self.descriptions.items()}
         candidates = sorted(self._candidates(record, first), key=lambda c: -c[0])
-        different: dict[int, str] = {}
+        different: dict[int, ChosenText] = {}
         for _, alternatives in candidates:
-            for text in alternatives:
-                different.setdefault(text_id(text), text)
+            for chosen in alternatives:
+                different.setdefault(text_id(chosen.text), chosen)
         return list(different.values())
 
     def first(self, record: Mapping[str, Any]) -> str | None:
@@ -129,7 +149,7 @@ class TextChoice:
 
     def _candidates(
         self, record: Mapping[str, Any], described: Mapping[str, str]
-    ) -> Iterator[tuple[float, list[str]]]:
+    ) -> Iterator[tuple[float, list[ChosenText]]]:
         """(probability before renormalising, alternatives) of every option that the record can fill."""
         labels = record.get("labels")
         if isinstance(labels, list | tuple):
@@ -142,16 +162,23 @@ class TextChoice:
                 value = _fill(option, {**record, "labels": labels})
             else:
                 value = record.get(option)
-            alternatives = value if isinstance(value, list | tuple) else [value]
-            alternatives = [text for text in alternatives if isinstance(text, str) and text.strip()]
+            alternatives = [
+                ChosenText(text, option, i)
+                for i, text in enumerate(value if isinstance(value, list | tuple) else [value])
+                if isinstance(text, str) and text.strip()
+            ]
             if alternatives:
                 yield probability, alternatives
 
-    def _as_shown(self, alternatives: list[str]) -> list[str]:
+    def _as_shown(self, alternatives: list[ChosenText]) -> list[ChosenText]:
         """A new list of what training shows of them."""
         if self.sentences == "all":
             return list(alternatives)
-        return [sentence for text in alternatives for sentence in split_sentences(text) or [text]]
+        return [
+            dataclasses.replace(whole, text=sentence)
+            for whole in alternatives
+            for sentence in split_sentences(whole.text) or [whole.text]
+        ]
 
     def _draw_descriptions(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, str]:
         return {label: texts[int(rng.integers(len(texts)))] for label, texts in self._known(record)}
