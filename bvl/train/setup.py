@@ -83,13 +83,14 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
     else:
         needs = {name: needs_of(task.fields()) for name, task in config.tasks.items()}
         if any(text.strip() for text in training_texts(sets)):
-            tokenizer = Tokenizer.train(training_texts(sets), options)
+            tokenizer = Tokenizer.train(training_texts(sets, config.data.controls), options)
         elif Need.TEXT in frozenset().union(*needs.values()):
             for record_set in sets:
                 record_set.usable(needs)  # says which fields there are instead
             raise DataError("no training record has a text, and a task reads texts")
         else:
             tokenizer = _special_tokens_only(options)
+    tokenizer = tokenizer.with_tokens(config.data.controls.tokens())
     if not run.tokenizer.is_file():
         temporary = run.tokenizer.with_name("tokenizer.json.tmp")
         tokenizer.save(temporary)
