@@ -92,10 +92,14 @@ def test_a_perfect_and_a_collapsed_scorer(rng):
     assert (perfect.hit == 1).all() and (perfect.rank == 1).all() and perfect.num_candidates == 10
     # One caption for all: each of the two full pools has one image that it picks, the third perhaps.
     assert 2 <= retrieve_in_pools(images, images[[0] * 23], pool_size=10).hit.sum() <= 3
-    same = np.repeat(images[:1], 23, 0)
+    # Large enough that a matrix product in double does not give equal rows bitwise equal sums.
+    same, texts = np.repeat(unit(rng.normal(size=(1, 300))), 257, 0), unit(rng.normal(size=(257, 300)))
+    pools = retrieve_in_pools(same, texts)
+    np.testing.assert_allclose(pools.hit, 1 / 257)
+    np.testing.assert_allclose(pools.rank, 129)
     for found in (
-        retrieve_in_pools(same, same, pool_size=10),
-        retrieve_in_bags(same, images, near_neighbours(same)),
+        retrieve_in_pools(same, texts, pool_size=10),
+        retrieve_in_bags(same, texts, near_neighbours(same)),
     ):
         np.testing.assert_allclose(found.hit, found.chance_hit)
         np.testing.assert_allclose(found.reciprocal_rank, found.chance_reciprocal_rank)
