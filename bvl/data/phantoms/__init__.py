@@ -10,11 +10,13 @@ from bvl.data.phantoms.catalogue import (
     MODALITIES,
     MODALITY_PROMPTS,
 )
+from bvl.data.phantoms.lexicon import FINDING_LEXICON
 from bvl.data.phantoms.source import SPLITS, Phantoms, PhantomSource
 from bvl.data.phantoms.writer import write_phantoms
 
 __all__ = [
     "FINDINGS",
+    "FINDING_LEXICON",
     "FINDING_MODALITY",
     "FINDING_PROMPTS",
     "MODALITIES",
