@@ -138,6 +138,7 @@ def build_model(config: config_lib.Config, tokenizer: Tokenizer) -> DualEncoder:
         context_length=tokenizer.context_length,
         pad_id=tokenizer.pad_id,
         end_id=tokenizer.end_id,
+        prefix_length=config.data.controls.num_slots,
         dtype=jnp.dtype(config.precision),
     )
 
@@ -309,10 +310,11 @@ def _choose(checkpoints: Checkpoints, wanted: str | int, config: config_lib.Conf
 
 
 def check_vocabulary(params: Any, tokenizer: Tokenizer, where: str) -> None:
-    """Raise CheckpointError unless the token embedding has a row for every id of the tokenizer."""
-    rows = params["text"]["token_embed"].shape[0]
-    if rows != tokenizer.vocab_size:
-        raise CheckpointError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the checkpoint's text tower {rows}; "
-            f"use the tokenizer.json that was saved with the checkpoint"
-        )
+    """Raise CheckpointError unless the token embeddings have a row for every id of the tokenizer."""
+    for part in ("text", "decoder"):
+        rows = params[part]["token_embed"].shape[0] if part in params else tokenizer.vocab_size
+        if rows != tokenizer.vocab_size:
+            raise CheckpointError(
+                f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the checkpoint's {part} {rows}; "
+                f"use the tokenizer.json that was saved with the checkpoint"
+            )

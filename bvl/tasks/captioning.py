@@ -1,0 +1,318 @@
+"""Captions by a trained model: what evaluations, the Python object and the command line share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from bvl.decode.guidance import check_guidance, guided_merge, join_steps
+from bvl.decode.options import DecodeOptions
+from bvl.decode.search import Decoded, search
+from bvl.errors import ConfigError, UserError
+from bvl.models.vlm import DualEncoder
+from bvl.runs import Components
+from bvl.tasks.caption import Caption
+from bvl.tasks.contrastive import embed_images, embed_texts
+
+logger = logging.getLogger(__name__)
+
+# What the null rows of guidance go without.
+GuidanceNull = Literal["image", "controls", "both"]
+CONTROLS = ("section", "length", "quality", "prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One text for an image. score: log_prob / length ** length_penalty, with guidance and constraints in it."""
+
+    text: str
+    score: float
+    log_prob: float
+    tokens: tuple[int, ...]
+
+
+def caption_task(components: Components) -> Caption:
+    """The run's captioning task; ConfigError, naming what is missing, if it has none."""
+    for task in components.config.tasks.values():
+        if isinstance(task, Caption):
+            return task
+    raise ConfigError(
+        f"this run cannot write captions: it has no task of type Caption, only "
+        f"{', '.join(f'{n} ({type(t).__name__})' for n, t in components.config.tasks.items())}. Train one with "
+        "tasks={..., 'caption': Caption()} and model.decoder set, as configs/quickstart.py does"
+    )
+
+
+def longest_text(components: Components) -> int:
+    """The most tokens, END included, that the run's decoder was trained to write."""
+    return components.tokenizer.context_length - 1
+
+
+def write_captions(
+    components: Components,
+    images: Sequence[Any],
+    *,
+    options: DecodeOptions,
+    guidance: float | Sequence[float] | np.ndarray = 1.0,
+    guidance_null: GuidanceNull = "image",
+    language_model: Components | None = None,
+    controls: Mapping[str, Any] | None = None,
+    begin: str | Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    always_guided: bool = False,
+) -> list[list[Candidate]]:
+    """`options.num_return` texts for each image, best first (samples: as drawn).
+
+    images: paths, PIL images or arrays. guidance: one scale or one an image; 1 is plain decoding.
+    guidance_null: what the null rows go without. language_model: another captioner with the same vocabulary whose
+      text without an image is the null instead.
+    controls: "section", "length" (words), "quality" (bin), "prompt" -> a value, or a sequence with one an image; what
+      is absent or None is left out.
+    begin: the captions' first words, one text or one an image.
+    seed: of sampling; what an image gets depends on the seed and its place in `images` alone.
+    always_guided: decode null rows even at scale 1, so that a sweep over scales compiles one program.
+    Raises ConfigError for a run without a captioning task, UserError for values that cannot be used.
+    """
+    task = caption_task(components)
+    images = list(images)
+    if not images:
+        raise UserError("no images to caption: give at least one")
+    tokenizer, longest = components.tokenizer, longest_text(components)
+    if options.max_length > longest:
+        raise UserError(
+            f"max_length={options.max_length}: this run was trained on texts of up to {longest} tokens "
+            "(data.tokenizer.context_length)"
+        )
+    scale = np.broadcast_to(check_guidance(guidance, len(images)), len(images))
+    guided = always_guided or language_model is not None or bool((scale != 1).any())
+    if guidance_null not in ("image", "controls", "both"):
+        raise UserError(f"guidance_null={guidance_null!r}: choose image, controls or both")
+    if guided and not task.image_dropout and guidance_null != "controls" and language_model is None:
+        logger.warning(
+            "guidance: this run was trained with image_dropout=0, so its null image means nothing; train with "
+            "tasks.caption.image_dropout=0.2"
+        )
+    if language_model is not None:
+        caption_task(language_model)
+        if language_model.tokenizer.hash != tokenizer.hash:
+            raise UserError(
+                "the language model reads another vocabulary than the captioner: train it with "
+                "data.tokenizer.path set to the captioner's tokenizer.json"
+            )
+    prefixes = _prefixes(components, controls or {}, len(images))
+    plain_prefix = _prefix(components, {})
+    forced, forced_mask = _forced(components, begin, len(images), options)
+    forbidden = np.zeros(tokenizer.vocab_size, bool)
+    forbidden[
+        [i for i in (*tokenizer.special_ids, tokenizer.mask_id) if i not in (tokenizer.end_id, None)]
+    ] = True
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(images)))
+
+    out: list[list[Candidate]] = []
+    for features in components.encode_images(images, frozenset({"tokens"}), batch_size):
+        rows = np.arange(len(out), len(out) + len(features.tokens))
+        # A batch is filled up with its first image, so that every batch has one shape.
+        filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
+        tokens = np.asarray(features.tokens)[filled - rows[0]]
+        prefix, mask = (x[filled] for x in prefixes)
+        dropped = np.zeros(batch_size, bool)
+        if guided and language_model is None:
+            null = (
+                [plain_prefix] * batch_size
+                if guidance_null != "image"
+                else list(zip(prefix, mask, strict=True))
+            )
+            prefix = np.concatenate([prefix, np.stack([p for p, _ in null])])
+            mask = np.concatenate([mask, np.stack([m for _, m in null])])
+            dropped = np.concatenate([dropped, np.full(batch_size, guidance_null != "controls")])
+        other = None
+        if language_model is not None:
+            start = _prefix(language_model, {})
+            other = {
+                "params": language_model.params["model"],
+                "prefix": np.tile(start[0], (batch_size, 1)),
+                "mask": np.tile(start[1], (batch_size, 1)),
+            }
+        decoded = generate(
+            components.params["model"],
+            tokens,
+            dropped,
+            prefix,
+            mask,
+            scale=scale[filled] if guided else None,
+            rng=keys[filled],
+            forbidden=forbidden,
+            forced=None if forced is None else forced[filled],
+            forced_mask=None if forced is None else forced_mask[filled],
+            other=other,
+            model=components.model,
+            other_model=None if language_model is None else language_model.model,
+            options=options,
+            end_id=tokenizer.end_id,
+            pad_id=tokenizer.pad_id,
+        )
+        decoded = jax.tree.map(np.asarray, decoded)
+        out.extend(_candidates(components, decoded, row) for row in range(len(rows)))
+    return out
+
+
+@functools.partial(jax.jit, static_argnames=("model", "other_model", "options", "end_id", "pad_id"))
+def generate(
+    params: Any,
+    image_tokens: Float[Array, "b l d"],
+    dropped: Bool[Array, " c"],
+    prefix: Int[Array, "c p"],
+    prefix_mask: Bool[Array, "c p"],
+    *,
+    scale: Float[Array, " b"] | None,
+    rng: Array,
+    forbidden: Bool[Array, " v"],
+    forced: Int[Array, "b f"] | None,
+    forced_mask: Bool[Array, "b f"] | None,
+    other: dict[str, Any] | None,
+    model: DualEncoder,
+    other_model: DualEncoder | None,
+    options: DecodeOptions,
+    end_id: int,
+    pad_id: int,
+) -> Decoded:
+    """Texts from image tokens, compiled: visual tokens, prefill and search.
+
+    Rows c: the b images, and with guidance then their null rows, unless `other`, a language model's parameters and
+    prefix, gives these. scale: None for plain decoding.
+    """
+    count = len(image_tokens)
+
+    def start(model: DualEncoder, params: Any, tokens: Any, dropped: Any, prefix: Any, mask: Any):
+        apply = functools.partial(model.apply, {"params": params})
+        visual = apply(tokens, dropped, method="visual_tokens")
+        logits, context, cache = apply(*visual, prefix, mask, options.max_length, method="prefill")
+
+        def step(cache, tokens, t):
+            return apply(context, cache, tokens, t, method="decoder_step")
+
+        return logits, cache, step
+
+    tokens = jnp.tile(image_tokens, (len(dropped) // count, 1, 1))
+    logits, cache, step = start(model, params, tokens, dropped, prefix, prefix_mask)
+    if other is not None:
+        nothing = jnp.zeros((count, 1, other_model.config.image.output_width), image_tokens.dtype)
+        other_logits, other_cache, other_step = start(
+            other_model, other["params"], nothing, jnp.ones(count, bool), other["prefix"], other["mask"]
+        )
+        logits, cache = jnp.concatenate([logits, other_logits]), (cache, other_cache)
+        step = join_steps(step, other_step)
+    return search(
+        logits,
+        cache,
+        step,
+        options=options,
+        end_id=end_id,
+        pad_id=pad_id,
+        merge=None if scale is None else guided_merge(scale),
+        rng=rng,
+        forbidden=forbidden,
+        forced=forced,
+        forced_mask=forced_mask,
+    )
+
+
+def rerank(
+    scorer: Components,
+    images: Sequence[Any],
+    candidates: Sequence[Sequence[Candidate]],
+    *,
+    batch_size: int = 64,
+) -> list[str]:
+    """For each image the candidate most like it by the cosine of a contrastive model; the first of equal ones.
+
+    Raises UserError for a scorer without text embeddings.
+    """
+    check_scorer(scorer)
+    image = embed_images(scorer, images, batch_size=batch_size)
+    texts = [candidate.text for row in candidates for candidate in row]
+    text = embed_texts(scorer, texts, batch_size=batch_size)
+    chosen, start = [], 0
+    for embedding, row in zip(image, candidates, strict=True):
+        similarity = text[start : start + len(row)] @ embedding
+        chosen.append(row[int(similarity.argmax())].text)
+        start += len(row)
+    return chosen
+
+
+def check_scorer(scorer: Components) -> None:
+    """Raise UserError for a model that gives no text embeddings to score captions with."""
+    if not scorer.model.config.embeds_text:
+        raise UserError(
+            "scoring captions needs a contrastive model, and this run has no text tower: name one as scorer"
+        )
+
+
+def _candidates(components: Components, decoded: Decoded, row: int) -> list[Candidate]:
+    return [
+        Candidate(
+            components.tokenizer.decode(tokens[:length]),
+            float(score),
+            float(log_prob),
+            tuple(int(t) for t in tokens[:length]),
+        )
+        for tokens, length, score, log_prob in zip(
+            decoded.tokens[row],
+            decoded.lengths[row],
+            decoded.scores[row],
+            decoded.log_probs[row],
+            strict=True,
+        )
+    ]
+
+
+def _prefix(components: Components, values: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    return components.config.data.controls.prefix(components.tokenizer, **values)
+
+
+def _prefixes(
+    components: Components, controls: Mapping[str, Any], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [n, P], mask) of the images' prefixes."""
+    unknown = controls.keys() - set(CONTROLS)
+    if unknown:
+        raise UserError(f"unknown control {', '.join(sorted(unknown))}; there are {', '.join(CONTROLS)}")
+    columns = {name: _each(name, value, count) for name, value in controls.items() if value is not None}
+    rows = [_prefix(components, {name: column[i] for name, column in columns.items()}) for i in range(count)]
+    return np.stack([ids for ids, _ in rows]), np.stack([mask for _, mask in rows])
+
+
+def _each(name: str, value: Any, count: int) -> Sequence[Any]:
+    """One value for every image."""
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        return [value] * count
+    if len(value) != count:
+        raise UserError(f"{name}: {len(value)} values for {count} images; give one value, or one an image")
+    return list(value)
+
+
+def _forced(
+    components: Components, begin: str | Sequence[str] | None, count: int, options: DecodeOptions
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(ids [n, F], mask) of the words that captions begin with."""
+    if begin is None:
+        return None, None
+    texts = _each("begin", begin, count)
+    tokens, mask, truncated = zip(*(components.tokenizer.encode(text) for text in texts), strict=True)
+    # Without the start token, which the prefix has, and the end token.
+    lengths = [int(m.sum()) - 2 for m in mask]
+    if any(truncated) or max(lengths) >= options.max_length:
+        raise UserError(
+            f"begin: {max(lengths)} tokens or more leave nothing to write of max_length={options.max_length}"
+        )
+    width = max(max(lengths), 1)
+    return np.stack([t[1 : 1 + width] for t in tokens]), np.arange(width) < np.asarray(lengths)[:, None]
