@@ -252,3 +252,12 @@ def test_select_split(tmp_path):
 def test_a_partly_named_split_is_refused():
     with pytest.raises(DataError, match="1 of 2 records have no split.*'b'"):
         assign_splits([{"id": "a", "split": "train"}, {"id": "b"}])
+
+
+def test_quality(tmp_path):
+    quality = {"caption": 3, "findings": None, "captions": [0, None, 7]}
+    folder = read_records(write_jsonl(tmp_path, {"id": "a", "caption": "x", "quality": quality}))
+    assert folder.records[0]["quality"] == {"caption": 3, "captions": [0, None, 7]}
+    for bad in (3, [1], {"caption": "3"}, {"caption": -1}, {"caption": True}, {"captions": [1, 0.5]}):
+        message = error_of(write_jsonl(tmp_path, {"id": "a", "caption": "x", "quality": bad}))
+        assert "line 1, record 'a': quality is" in message and '{"caption": 3}' in message

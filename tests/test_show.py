@@ -1,5 +1,6 @@
 """The contact sheet: pictures, boxes and masks where they belong, texts as the model reads them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from bvl.data import show
+from bvl.data.controls import Controls
 from bvl.data.phantoms import Phantoms
 from bvl.data.pipeline import DataConfig, Pipeline, training_texts
 from bvl.data.show import COLOURS, INK, MARGIN, TILE, contact_sheet
@@ -16,6 +18,7 @@ from bvl.data.transforms import Augment, Preprocess
 from bvl.errors import ConfigError
 
 GREY = 100
+KEYS = frozenset({"image", "text"})
 
 
 def folder(path, records, mask=None):
@@ -209,3 +212,16 @@ def test_lines_fit_the_width():
 def test_count_must_be_positive(tmp_path):
     with pytest.raises(ConfigError, match="at least 1"):
         contact_sheet(folder(tmp_path, [{"id": "a", "image": "a.png"}]), count=0)
+
+
+def test_controls_stand_in_front_of_their_text(tmp_path, written):
+    records = [{"id": "a", "image": "a.png", "caption": "one two three", "question": "what is there to see"}]
+    controls = Controls(lengths=5, prompt="question", prompt_tokens=3, dropout=0.0)
+    config = dataclasses.replace(folder(tmp_path, records), controls=controls)
+    for augmented in (False, True):
+        contact_sheet(config, count=1, augmented=augmented, keys_of_tasks={"a": KEYS | {"prompt"}})
+        text = " ".join(written)
+        assert text.index("[LENGTH_3] what is there [PROMPT_END]") < text.index("one two three")
+        written.clear()
+    contact_sheet(config, count=1, augmented=True, keys_of_tasks={"a": KEYS})
+    assert "LENGTH" not in " ".join(written)

@@ -174,3 +174,23 @@ def test_picks_depend_on_the_generator_alone():
 def test_bad_choices(text, options, match):
     with pytest.raises(ConfigError, match=match):
         TextChoice.of(text, **options)
+
+
+def test_where_a_text_came_from():
+    choice = TextChoice.of({"captions": 0.6, "{organ} seen": 0.3, "labels": 0.1}, ["{} here", "some {}"])
+    record = {"captions": ["", "first", 3, "second"], "organ": "lung", "labels": ["cyst"]}
+    origins = {
+        "first": ("captions", 1),
+        "second": ("captions", 3),
+        "lung seen": ("{organ} seen", 0),
+        "cyst here": ("labels", 0),
+        "some cyst": ("labels", 1),
+    }
+    assert {c.text: (c.option, c.alternative) for c in choice.in_order(record)} == origins
+    assert choice.for_evaluation(record) == list(origins)
+    drawn = choice.draw(record, np.random.default_rng(3), 5)
+    assert {c.text: (c.option, c.alternative) for c in drawn} == origins
+    assert [c.text for c in drawn] == choice.pick(record, np.random.default_rng(3), 5)
+    one = TextChoice.of("captions", sentences="one")
+    chosen = one.draw({"captions": ["A b.", "C d. E f."]}, np.random.default_rng(0), 3)
+    assert sorted((c.text, c.alternative) for c in chosen) == [("A b.", 0), ("C d.", 1), ("E f.", 1)]
