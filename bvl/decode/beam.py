@@ -18,7 +18,7 @@ import typing
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bvl.decode.options import DecodeOptions
 from bvl.decode.sampling import Constrain
@@ -61,14 +61,14 @@ def beam_search(
         history = jnp.concatenate([group.tokens for group in groups], axis=1)
         log_probs = constrain(log_probs, history, t)
         each = jnp.split(log_probs, options.groups, axis=1)
+        diverse = options.groups > 1 and options.diversity > 0
         counts = jnp.zeros((b, log_probs.shape[-1]), jnp.float32)
         chosen, parents, tokens = [], [], []
         for i, (group, own) in enumerate(zip(groups, each, strict=True)):
-            penalty = options.diversity * counts if i and options.diversity else None
-            group, parent, token = extend(group, own, t, penalty, options=options, end_id=end_id, k=k)
-            if options.groups > 1:
-                rows = jnp.arange(b)[:, None]
-                counts = counts.at[rows, token].add(jnp.isfinite(group.sums).astype(jnp.float32))
+            penalty = options.diversity * counts if i and diverse else None
+            group, parent, token, real = extend(group, own, t, penalty, options=options, end_id=end_id, k=k)
+            if diverse:
+                counts = counts.at[jnp.arange(b)[:, None], token].add(real.astype(jnp.float32))
             chosen.append(group)
             parents.append(parent + i * own.shape[1])
             tokens.append(token)
@@ -109,8 +109,9 @@ def extend(
     options: DecodeOptions,
     end_id: int,
     k: int,
-) -> tuple[Group, Int[Array, "b k"], Int[Array, "b k"]]:
-    """Token t of one group: the group with k running texts, their parents among its p, and their tokens."""
+) -> tuple[Group, Int[Array, "b k"], Int[Array, "b k"], Bool[Array, "b k"]]:
+    """Token t of one group: the group with k running texts, their parents among its p, their tokens, and which
+    of them are real, not free places. A token is real also where its text ends here, by length or by the stop."""
     b, p, V = log_probs.shape
     sums = (group.sums[..., None] + log_probs).reshape(b, p * V)
     ranked = sums if penalty is None else sums - jnp.tile(penalty, (1, p))
@@ -130,11 +131,13 @@ def extend(
     kept = _keep(group, tokens[:, :k], jnp.where(done, sums[:, :k], -jnp.inf), t + 1, norm)
 
     _, place = lax.top_k(jnp.where(ends, -jnp.inf, values), k)
-    running = jnp.where(_pick(ends, place) | last, -jnp.inf, _pick(sums, place))
+    running = jnp.where(_pick(ends, place), -jnp.inf, _pick(sums, place))
+    real = jnp.isfinite(running)
+    running = jnp.where(last, -jnp.inf, running)
     attainable = running.max(1) / norm[_best_length(options, t + 1)]
     running = jnp.where((kept["kept_scores"].min(1) >= attainable)[:, None], -jnp.inf, running)
     group = Group(tokens=_pick(tokens, place), sums=running, **kept)
-    return group, _pick(parent, place), _pick(token, place)
+    return group, _pick(parent, place), _pick(token, place), real
 
 
 def best_of_groups(groups: tuple[Group, ...], num_return: int) -> Decoded:

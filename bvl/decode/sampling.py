@@ -10,12 +10,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from bvl.decode.options import DecodeOptions
-from bvl.decode.state import Cache, Decoded, Merge, Step, advance, length_norm, log_softmax, spread
-from bvl.decode.topk import top_1, top_k
+from bvl.decode.state import Cache, Decoded, Merge, Step, advance, length_norm, spread
+from bvl.decode.truncation import truncate
 
 Constrain = Callable[[Float[Array, "b k V"], Int[Array, "b k L"], Int[Array, ""]], Float[Array, "b k V"]]
-# choose(log_probs [b, n, V], t) -> tokens [b, n].
-Choose = Callable[[Float[Array, "b n V"], Int[Array, ""]], Int[Array, "b n"]]
 
 
 def walk(
@@ -38,13 +36,14 @@ def walk(
 
     def write(log_probs, t, tokens, finished, total, lengths):
         log_probs = constrain(log_probs, tokens, t)
-        best, token = top_1(log_probs)
         if options.sampling:
-            token = jnp.where(jnp.isfinite(best), sample(log_probs, keys, t, options), token)
-            best = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
-        # With no token possible the text ends here; its score, -inf, says so.
-        token = jnp.where(best == -jnp.inf, end_id, token)
-        total = total + jnp.where(finished, 0.0, best)
+            token = sample(log_probs, keys, t, options)
+        else:
+            token = jnp.argmax(log_probs, axis=-1).astype(jnp.int32)
+        gain = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
+        # Where no token is possible the text ends here; its score, -inf, says so.
+        token = jnp.where(gain == -jnp.inf, end_id, token)
+        total = total + jnp.where(finished, 0.0, gain)
         lengths = lengths + ~finished
         token = jnp.where(finished, pad_id, token)
         tokens = lax.dynamic_update_slice_in_dim(tokens, token[..., None], t, axis=-1)
@@ -83,30 +82,6 @@ def sample(
     log_probs: Float[Array, "b n V"], keys: Key[Array, "b n"], t: Int[Array, ""], options: DecodeOptions
 ) -> Int[Array, "b n"]:
     """Draw from the distribution that temperature, top_k and top_p leave, with the keys of position t."""
-    values, ids = candidates(
-        log_probs / options.temperature, top_k_kept=options.top_k, top_p_kept=options.top_p
-    )
+    log_probs = truncate(log_probs / options.temperature, top_k=options.top_k, top_p=options.top_p)
     draw = jax.vmap(jax.vmap(lambda key, x: jax.random.categorical(jax.random.fold_in(key, t), x)))
-    place = draw(keys, values).astype(jnp.int32)
-    return place if ids is None else jnp.take_along_axis(ids, place[..., None], axis=-1)[..., 0]
-
-
-def candidates(
-    log_probs: Float[Array, "... V"], *, top_k_kept: int, top_p_kept: float
-) -> tuple[Float[Array, "... m"], Int[Array, "... m"] | None]:
-    """What may be sampled: m values, -inf for those left out, and their tokens (None: all V in order).
-
-    top_k keeps the k likeliest tokens. top_p then keeps each row's nucleus: the fewest of the likeliest tokens
-    whose probability, of what top_k left, reaches p (Holtzman et al. 2020, arXiv:1904.09751); at least one.
-    Of equally likely tokens those of lower id come first.
-    """
-    V = log_probs.shape[-1]
-    if not top_k_kept and top_p_kept == 1.0:
-        return log_probs, None
-    values, ids = top_k(log_probs, min(top_k_kept or V, V))
-    if top_p_kept < 1.0:
-        probs = jnp.exp(log_softmax(values))
-        before = jnp.cumsum(probs, axis=-1) - probs
-        kept = (before < top_p_kept) | (jnp.arange(values.shape[-1]) == 0)
-        values = jnp.where(kept, values, -jnp.inf)
-    return values, ids
+    return draw(keys, log_probs).astype(jnp.int32)

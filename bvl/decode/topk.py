@@ -1,7 +1,7 @@
-"""Exact argmax and top k of long rows, in two stages.
+"""Exact top k of long rows, in two stages.
 
 A row is cut into chunks. The m largest elements lie in the m chunks with the largest maxima, so only those are
-searched. Plain maxima are several times as fast as lax.top_k or argmax on a CPU. Equal elements are ordered
+searched. Plain maxima are several times as fast as lax.top_k on a CPU. Equal elements are ordered
 by index, as in lax.top_k: a chunk left out has m maxima before it that are larger, or equal and of lower index.
 """
 
@@ -25,17 +25,6 @@ def top_k(x: Float[Array, "... n"], k: int) -> tuple[Float[Array, "... k"], Int[
     found = jnp.take_along_axis(chunks, chosen[..., None], axis=-2)
     values, place = lax.top_k(found.reshape(*x.shape[:-1], k * CHUNK), k)
     return values, jnp.take_along_axis(chosen, place // CHUNK, axis=-1) * CHUNK + place % CHUNK
-
-
-def top_1(x: Float[Array, "*m n"]) -> tuple[Float[Array, " *m"], Int[Array, " *m"]]:
-    """Largest value over the last axis and the index of its first occurrence."""
-    if x.shape[-1] <= 4 * CHUNK:
-        index = jnp.argmax(x, axis=-1).astype(jnp.int32)
-        return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0], index
-    chunks = _chunked(x)
-    chunk = jnp.argmax(chunks.max(-1), axis=-1).astype(jnp.int32)
-    found = jnp.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]
-    return found.max(-1), chunk * CHUNK + jnp.argmax(found, axis=-1).astype(jnp.int32)
 
 
 def _chunked(x: Float[Array, "... n"]) -> Float[Array, "... chunks CHUNK"]:
