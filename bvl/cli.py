@@ -129,6 +129,26 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--out", default="contact_sheet.png", help="the PNG to write (default contact_sheet.png)"
     )
+    score = _verb(kinds, "score", _data_score, "write records with the similarity of image and text, and its bin",
+                  "bvl data score runs/clip my_scans --out my_scans_scored")  # fmt: skip
+    score.add_argument("run_folder", metavar="RUN", help="run folder of a contrastive model")
+    score.add_argument("records", metavar="DATA", help="folder or file of records; it stays as it is")
+    score.add_argument(
+        "--out", required=True, help="the .jsonl to write, or a folder for it; paths in it are relative"
+    )
+    score.add_argument(
+        "--text-field", default="caption", help="field with the text or texts (default caption)"
+    )
+    score.add_argument("--bins", type=_positive, default=8, help="number of bins of quality (default 8)")
+    score.add_argument(
+        "--by",
+        choices=("width", "count"),
+        default="width",
+        help="bins of equal width (default), or equally full",
+    )
+    score.add_argument("--edges", metavar="FILE", help="take the bins of another .quality.json")
+    score.add_argument("--split", help="split to read and write, default: all")
+    _reading(score)
     return parser
 
 
@@ -265,6 +285,38 @@ def _data_show(args: argparse.Namespace) -> int:
     sheet.save(args.out)
     print(f"written: {args.out}")
     return 0
+
+
+def _data_score(args: argparse.Namespace) -> int:
+    from bvl.data.manifests import find_manifest
+    from bvl.evals.score import score_records
+    from bvl.runs import load_components
+    from bvl.train.environment import enable_compilation_cache
+
+    enable_compilation_cache()
+    # What is wrong with the data's place is said before the model is loaded.
+    find_manifest(Path(args.records))
+    components = load_components(args.run_folder, checkpoint=_checkpoint(args.checkpoint))
+    done = score_records(
+        components,
+        args.records,
+        args.out,
+        text_field=args.text_field,
+        bins=args.bins,
+        by=args.by,
+        edges_file=args.edges,
+        split=args.split,
+        image_column=args.image_column,
+        text_column=args.text_column,
+        long_texts=args.long_texts,
+        batch_size=args.batch_size,
+    )
+    print(f"written: {done.manifest} and {done.edges_file.name}")
+    print("texts in each bin, worst first: " + " ".join(map(str, done.counts)))
+    if done.skipped:
+        names = ", ".join(done.skipped[:5]) + (", ..." if len(done.skipped) > 5 else "")
+        print(f"{len(done.skipped)} images could not be read, left without quality: {names}", file=sys.stderr)
+    return 1 if done.skipped else 0
 
 
 def _positive(text: str) -> int:
