@@ -109,6 +109,8 @@ def test_longer_words_hide_those_of_another_finding_within_them():
 def test_a_lexicon_that_cannot_be_used_is_refused():
     with pytest.raises(UserError, match="'nodule' are no regular expression"):
         Lexicon({"nodule": ("nodule(",)})
+    with pytest.raises(UserError, match="'nodule' must be a tuple of strings"):
+        Lexicon({"nodule": "nodules?"})
     with pytest.raises(UserError, match="denies \\['mass'\\]"):
         Lexicon({"nodule": ("nodule",)}, normal={"clear": ("mass",)})
 

@@ -17,11 +17,16 @@ _TREND = (
     r"(?:change|increase|decrease|improvement|progression|worsening|resolution|clearing|enlargement|growth|reduction|"
     r"difference|development)s?"
 )
+_HOW = (
+    r"(?: (?:significant|interval|appreciable|definite|substantial|gross|marked|major|obvious|further|overall|acute|"
+    r"clear|apparent|other|relevant))"
+)
 
 # "no change in the effusion", "not only a nodule", "nearly resolved", "consistent with": neither denied nor in doubt.
 NEUTRAL = (
-    rf"(?:no|without)(?: \w+){{0,3}} {_TREND} (?:in|of|to|from|since|within)",
-    rf"(?:no|without)(?: \w+){{0,2}} (?:evidence|sign)s? of (?:\w+ )?{_TREND} (?:in|of|to)",
+    rf"(?:no|without){_HOW}* {_TREND}(?: in| of| to| from| since)?",
+    rf"(?:no|without){_HOW}* (?:evidence|sign|suggestion)s? of{_HOW}* {_TREND}(?: in| of)?",
+    r"consistent with (?:a |the |known |given )*history of",
     r"not only",
     r"no doubt",
     r"no comparisons?",
@@ -80,8 +85,8 @@ DOUBTED = (
     r"suggest(?:s|ed|ing|ive of|ion of|ive)?",
     rf"{_MODAL} (?:also |well )?(?:\w+ly )?(?:be|represent|reflect|indicate|relate|have|suggest|correspond|contain|show|include|account)",
     r"perhaps|maybe|presum(?:ed|ably|ptive)|equivocal|borderline|potential(?:ly)?|doubtful|conceivably",
-    r"differential (?:diagnos[ei]s )?(?:\w+ )?(?:includes?|would include|is|of)",
-    r"(?:favou?r|favou?rs|favou?red to \w+|consider|considerations? includes?)",
+    r"differential(?: \w+){0,4} (?:includ\w+|is|of)|differential diagnos[ei]s",
+    r"(?:favou?rs?|favou?ring|favou?red to \w+|consider|considerations? includes?)",
     r"not (?:definitely|necessarily|certainly)",
     r"\?",
 )
@@ -105,17 +110,20 @@ DENIED_AFTER = (
     r"(?:resolved|cleared|disappeared|gone|excluded|ruled out|removed|vanished)",
     r"(?:absent|ruled out|resolved)(?=[ .,;]*$)",
     r"does not exist",
+    rf"(?:{_BE} )?within (?:the )?(?:normal limits|limits of normal)",
 )
 DOUBTED_AFTER = (
     r"(?:cannot|can not|could not|may not) (?:\w+ )?be (?:\w+ )?(?:exclud\w+|ruled out|assessed|evaluated|confirmed)",
     rf"(?:{_BE} |has |have )?(?:not|difficult to be) (?:been )?(?:\w+ly )?(?:excluded|ruled out)",
-    rf"{_BE} difficult to (?:exclude|rule out)(?=[ .,;]*$)",
-    rf"{_BE} (?:\w+ )?(?:possible|possibility|unlikely|doubtful|questionable|questioned|suspected|favou?red|uncertain|"
+    rf"(?:{_BE} )?difficult to (?:\w+ )?(?:exclude|rule out)(?=[ .,;]*$)",
+    rf"{_BE} (?:\w+ )?(?:possible|a possibility|unlikely|doubtful|questionable|questioned|suspected|favou?red|uncertain|"
     r"equivocal|probable|conceivable|a consideration|in the differential)(?! (?:that|to|over))",
     rf"{_BE} not (?:very )?likely",
+    rf"(?:{_MODAL} be|is|are) (?:a |an |other |also )*considerations?",
+    rf"{_MODAL} not be (?:\w+ )?{_SEEN}",
     rf"{_BE} (?:also |most |very |more |less )*likely(?=[ .,;]*$)",
     rf"{_MODAL} (?:also |still )?(?:be present|be considered|exist)",
-    r"(?:less|un)likely(?=[ .,;]*$)",
+    r"(?:(?:less|un)likely|suspected|questioned|possible)(?=[ .,;]*$)",
     r",? ?if (?:present|any|real)",
 )
 # Reach both ways.
@@ -138,6 +146,8 @@ OPENERS = (
     r"worsening|improv(?:ed|ing)|faint|dense|prominent|pale|dark|bright|positive|status|chronic|old|healed|calcified|"
     r"again|also|interval"
 )
+# A comma after one of these goes on with the same noun phrase: "no acute, displaced fracture".
+ADJECTIVES = r"acute|subacute|displaced|nondisplaced|focal|large|small|definite|obvious|significant|discrete|suspicious|new|visible"
 FINITE_VERBS = (
     r"is|are|was|were|has|have|had|remains?|appears?|persists?|seems?|measures?|shows?|overlies|contains?|projects?|"
     r"noted|seen|identified"

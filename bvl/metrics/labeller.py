@@ -73,17 +73,26 @@ def label_text(text: str, lexicon: Lexicon) -> dict[str, Status]:
 
 def _whole_words(name: str, patterns: Iterable[str]) -> re.Pattern:
     joined = "|".join(f"(?:{pattern})" for pattern in patterns).replace(" ", r"[ \-]")
+    if isinstance(patterns, str):
+        raise UserError(f"lexicon: the patterns of {name!r} must be a tuple of strings, not one string")
     try:
         return re.compile(rf"(?<!\w)(?:{joined})(?!\w)", re.IGNORECASE)
     except re.error as error:
         raise UserError(f"lexicon: the patterns of {name!r} are no regular expression: {error}") from error
 
 
-_STOP = re.compile(r"(?<!\bvs\.)(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bdr\.)(?<=[\w)\]\"%][.!?])\s+|[;\n]+")
+_STOP = re.compile(r"(?<!\bvs\.)(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bdr\.)(?:(?<=[.!])|(?<=\w\?))\s+|[;\n]+")
 
 
 def _sentences(text: str) -> list[str]:
-    text = text.lower().replace("can't", "cannot").replace("n't", " not").replace("\u2019", "'")
+    # Reports leave out the space between sentences: "no effusion.Heart is normal".
+    text = (
+        re.sub(r"(?<=[a-z])\.(?=[A-Z])", ". ", text)
+        .lower()
+        .replace("can't", "cannot")
+        .replace("n't", " not")
+        .replace("\u2019", "'")
+    )
     return [" ".join(sentence.split()) for sentence in _STOP.split(text) if sentence.strip()]
 
 
@@ -91,11 +100,12 @@ def _sentences(text: str) -> list[str]:
 def _cue_patterns() -> tuple[tuple[str, re.Pattern], ...]:
     kinds = {
         "neutral": cues.NEUTRAL,
+        # Before the others: of equal matches the first kind counts, and these ask for the end of a clause.
+        "denied after": cues.DENIED_AFTER,
+        "doubted after": cues.DOUBTED_AFTER,
         "denied": cues.DENIED,
         "doubted": cues.DOUBTED,
         "unstated": cues.UNSTATED,
-        "denied after": cues.DENIED_AFTER,
-        "doubted after": cues.DOUBTED_AFTER,
         "around": cues.DOUBTED_AROUND,
         "stop": cues.STOPS,
     }
@@ -109,15 +119,19 @@ def _cue_patterns() -> tuple[tuple[str, re.Pattern], ...]:
 
 _SEPARATOR = re.compile(r",? ?\b(?:and/or|or|nor)\b|/|,? ?\b(?:and|as well as|plus)\b|,")
 _OPENER = re.compile(rf"\s*(?:{cues.OPENERS})\b")
+_ADJECTIVE = re.compile(rf"\s*(?:{cues.ADJECTIVES})")
 _VERB = re.compile(rf"\b(?:{cues.FINITE_VERBS})\b")
 _PLURAL_SEEN = re.compile(r"\b(?:are|were|have been) (?!\w+ed\b(?<!identified)(?<!noted)(?<!detected))")
+# "aorta is calcified and tortuous" hides no "calcified", as a noun phrase would.
+_PREDICATE = re.compile(r"\b(?:is|are|was|were|and|appears?|remains?)\b")
 _ARTICLE = re.compile(r"\b(?:an?)\s*$")
 
 
 def _label_sentence(sentence: str, lexicon: Lexicon) -> list[tuple[str, Status]]:
     compiled, normal = lexicon._compiled
     mentions = _outermost(
-        [_Span(m.start(), m.end(), name) for name, pattern in compiled for m in pattern.finditer(sentence)]
+        sentence,
+        [_Span(m.start(), m.end(), name) for name, pattern in compiled for m in pattern.finditer(sentence)],
     )
     normals = [_Span(m.start(), m.end(), names) for names, p in normal for m in p.finditer(sentence)]
     if not mentions and not normals:
@@ -135,12 +149,15 @@ def _label_sentence(sentence: str, lexicon: Lexicon) -> list[tuple[str, Status]]
     return result
 
 
-def _outermost(spans: list[_Span]) -> list[_Span]:
-    """Spans in order, without those that lie within a longer one."""
+def _outermost(text: str, spans: list[_Span]) -> list[_Span]:
+    """Spans in order, without those that lie within a longer noun phrase."""
+    phrases = [span for span in spans if not _PREDICATE.search(text, span.start, span.end)]
     kept = [
         s
         for s in spans
-        if not any(o.start <= s.start and s.end <= o.end and o.end - o.start > s.end - s.start for o in spans)
+        if not any(
+            p.start <= s.start and s.end <= p.end and p.end - p.start > s.end - s.start for p in phrases
+        )
     ]
     return sorted(kept, key=lambda s: (s.start, s.end))
 
@@ -149,7 +166,7 @@ class _Clause:
     """A sentence with its cues; tells the status of a mention in it."""
 
     def __init__(self, sentence: str, mentions: list[_Span]) -> None:
-        self.text = sentence
+        self.text, self.mentions = sentence, mentions
         spans = [
             _Span(m.start(), m.end(), kind)
             for kind, pattern in _cue_patterns()
@@ -160,7 +177,7 @@ class _Clause:
             if not self.cues or span.start >= self.cues[-1].end:
                 self.cues.append(span)
         # A cue within the words of a finding ("heart is not enlarged") says nothing of others.
-        self.inner = {c: m for c in self.cues for m in mentions if m.start < c.start and c.end <= m.end}
+        self.inner = {c: m for c in self.cues for m in mentions if m.start <= c.start and c.end <= m.end}
 
     def status(self, mention: _Span) -> Status | None:
         """Status of a mention; None where the sentence states nothing of it."""
@@ -218,7 +235,7 @@ class _Clause:
         for i, separator in enumerate(separators):
             if separator.end() > mention.start:
                 break
-            if _is_or(separator):
+            if _is_or(separator) or _ADJECTIVE.fullmatch(self.text, cue.end, separator.start()):
                 continue
             if _VERB.search(self.text, cue.end, separator.start()):
                 return False
@@ -228,10 +245,25 @@ class _Clause:
                 return False
             if any(_is_or(later) for later in separators[i + 1 :]):
                 continue
+            if self._begins_anew(cue, separator, mention):
+                return False
             singular = _ARTICLE.search(self.text[: cue.start]) or _OPENER.match(self.text[cue.end :])
             if singular or _OPENER.match(segment):
                 return False
         return True
+
+    def _begins_anew(self, cue: _Span, separator: re.Match, mention: _Span) -> bool:
+        """Whether "and" joins a phrase of its own: "no cyst and stones", "no nodule, no mass and consolidations"."""
+        if "and" not in separator.group():
+            return False
+        repeated = any(c.name == cue.name for c in self.cues if c.end < cue.start)
+        if repeated and self.text[: cue.start].rstrip().endswith(","):
+            return True
+        earlier = [m for m in self.mentions if m.end <= separator.start()]
+        return bool(earlier) and not self._is_plural(earlier[-1]) and self._is_plural(mention)
+
+    def _is_plural(self, mention: _Span) -> bool:
+        return bool(re.search(r"[^siu]s$|i$", self.text[mention.start : mention.end]))
 
     def _reaches_left(self, cue: _Span, mention: _Span) -> bool:
         between = self.text[mention.end : cue.start]
