@@ -15,8 +15,10 @@ from bvl.data.long_texts import LongTexts, warn_of_cuts
 from bvl.errors import UserError
 from bvl.evals.base import evaluate
 from bvl.evals.folder import suites_for
+from bvl.evals.writing import best_captions, decode_options
 from bvl.runs import Components, load_components
 from bvl.tasks import contrastive
+from bvl.tasks.captioning import GuidanceNull, caption_task
 
 FOREIGN = ("open_clip:", "hf:")
 
@@ -104,6 +106,80 @@ class Model:
             self.components, _several(images), classes, multi_label=multi_label, batch_size=batch_size
         )
 
+    def caption(
+        self,
+        images: Iterable[Any],
+        *,
+        guidance: float | Sequence[float] = 1.0,
+        guidance_null: GuidanceNull = "image",
+        language_model: Model | str | Path | None = None,
+        beams: int = 1,
+        groups: int = 1,
+        diversity: float = 0.5,
+        length_penalty: float = 1.0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        no_repeat_ngram: int = 0,
+        repetition_penalty: float = 1.0,
+        min_length: int = 0,
+        max_length: int | None = None,
+        length: int | Sequence[int] | None = None,
+        section: str | Sequence[str] | None = None,
+        quality: int | Sequence[int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        begin: str | Sequence[str] | None = None,
+        best_of: int = 1,
+        scorer: Model | str | Path | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> list[str]:
+        """One text for each image: paths, PIL images or arrays.
+
+        guidance: classifier-free guidance, one scale or one an image; 1 is plain decoding, 2 makes captions more
+          specific, 0 does not look at the image (Kornblith et al. 2023, arXiv:2307.16686).
+        guidance_null: what the other side of guidance goes without: the "image", the "controls" or "both".
+        language_model: another captioner with the same vocabulary, whose texts without an image are that other side.
+        beams, groups, diversity, length_penalty: beam search and diverse beam search. temperature above 0: sampling,
+          of the top_k most likely tokens and the nucleus top_p, from `seed`. no_repeat_ngram, repetition_penalty,
+          min_length and max_length (tokens; None = the longest of the training): see bvl/decode/options.py.
+        length (words), section, quality (bin), prompt: the controls that the run was trained with, one value or one
+          an image; None leaves a control out. begin: the first words of the captions.
+        best_of: of so many candidates (samples, or the best of the beams) the one most like the image to `scorer`, a
+          contrastive model; None = this model.
+        Raises UserError for what cannot be used, and ConfigError, with the missing task named, for a run without
+        captions.
+        """
+        images = list(_several(images))
+        caption_task(self.components)
+        search = {
+            "beams": beams,
+            "groups": groups,
+            "diversity": diversity,
+            "length_penalty": length_penalty,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "no_repeat_ngram": no_repeat_ngram,
+            "repetition_penalty": repetition_penalty,
+            "min_length": min_length,
+        }
+        other = None if language_model is None else _components(language_model)
+        judge = self.components if scorer is None else _components(scorer)
+        return best_captions(
+            self.components,
+            images,
+            options=decode_options(self.components, best_of=best_of, max_length=max_length, **search),
+            scorer=judge,
+            batch_size=batch_size,
+            guidance=guidance,
+            guidance_null=guidance_null,
+            language_model=other,
+            controls={"section": section, "length": length, "quality": quality, "prompt": prompt},
+            begin=begin,
+            seed=seed,
+        )
+
     def evaluate(
         self,
         folder: str | Path,
@@ -146,6 +222,10 @@ def load(spec: str | Path, *, checkpoint: str | int = "latest") -> Model:
             f"give the folder of a bvl run"
         )
     return Model(load_components(spec, checkpoint=checkpoint))
+
+
+def _components(model: Model | str | Path) -> Components:
+    return model.components if isinstance(model, Model) else load(model).components
 
 
 def _several(images: Iterable[Any]) -> Iterable[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -106,6 +107,20 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--split", help="split of the records, default: all")
     _reading(embed)
 
+    caption = _verb(verbs, "caption", _caption, "write a caption for each image",
+                    "bvl caption runs/quickstart my_scans --guidance 2 --beams 4 --out captions.jsonl")  # fmt: skip
+    caption.add_argument("run_folder", metavar="RUN", help="run folder of a captioner")
+    caption.add_argument(
+        "images", nargs="+", help="image files, folders of images, or a folder or file of records"
+    )
+    caption.add_argument(
+        "--out", help="a .jsonl to write; default: lines of path, tab and caption on the screen"
+    )
+    caption.add_argument("--split", help="split of the records, default: all")
+    caption.add_argument("--image-column", metavar="NAME", help="column of the records that holds the images")
+    _decoding(caption, *DECODING)
+    _checkpoint_and_batch(caption, batch_size=16)
+
     data = verbs.add_parser(
         "data",
         help="make and look at data",
@@ -178,8 +193,52 @@ def _reading(parser: argparse.ArgumentParser) -> None:
         help="texts beyond the model's context: read their beginning (cut, the default), or all of them in pieces "
         "of whole sentences, whose embeddings are averaged (chunks)",
     )
+    _checkpoint_and_batch(parser)
+
+
+def _checkpoint_and_batch(parser: argparse.ArgumentParser, *, batch_size: int = 64) -> None:
     parser.add_argument("--checkpoint", default="latest", help='"latest" (default), "best", or a step')
-    parser.add_argument("--batch-size", type=_positive, default=64)
+    parser.add_argument("--batch-size", type=_positive, default=batch_size)
+
+
+# Options of decoding: type, and help. They are named as the arguments of Model.caption, which has the defaults.
+DECODING: dict[str, tuple[type, str]] = {
+    "guidance": (float, "scale of classifier-free guidance; 1 (default) is plain, 2 is more specific"),
+    "guidance_null": (str, 'what the null of guidance goes without: "image" (default), "controls" or "both"'),
+    "language_model": (str, "run folder of a captioner whose texts without image are the null instead"),
+    "beams": (int, "beams of the search (default 1, greedy)"),
+    "groups": (int, "groups of diverse beam search; divides beams"),
+    "diversity": (float, "what a token costs that an earlier group has taken (default 0.5)"),
+    "length_penalty": (float, "above 0 favours long captions in beam search (default 1)"),
+    "temperature": (float, "above 0: sample (default 0)"),
+    "top_k": (int, "sample of the K most likely tokens"),
+    "top_p": (float, "sample of the most likely tokens that have this probability together"),
+    "no_repeat_ngram": (int, "never write the same N tokens twice"),
+    "repetition_penalty": (float, "above 1: tokens already written are less likely"),
+    "min_length": (int, "tokens at least"),
+    "max_length": (int, "tokens at most (default: as in training)"),
+    "length": (int, "words to ask for, if the run was trained with lengths"),
+    "section": (str, "section to ask for, if the run was trained with sections"),
+    "quality": (int, "bin of quality to ask for, if the run was trained with quality"),
+    "prompt": (str, "text to put in front; default: that of the record, if the run was trained with one"),
+    "begin": (str, "first words of every caption"),
+    "best_of": (int, "write so many candidates and take the one that the scorer finds most like the image"),
+    "scorer": (str, "run folder of a contrastive model; default: the run itself"),
+    "seed": (int, "of sampling (default 0)"),
+}
+
+
+def _decoding(parser: argparse.ArgumentParser, *names: str) -> None:
+    group = parser.add_argument_group("decoding")
+    for name in names:
+        kind, text = DECODING[name]
+        metavar = {int: "N", float: "X", str: name.rpartition("_")[2].upper()}[kind]
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)
+
+
+def _decoding_given(args: argparse.Namespace) -> dict[str, object]:
+    return {name: getattr(args, name) for name in DECODING if hasattr(args, name)}
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -250,10 +309,63 @@ def _embed(args: argparse.Namespace) -> int:
     out = Path(args.out)
     done = embed_to_file(components, items, out, long_texts=args.long_texts, batch_size=args.batch_size)
     print(f"{done.count} images embedded: {out}")
-    if done.skipped:
-        names = ", ".join(done.skipped[:5]) + (", ..." if len(done.skipped) > 5 else "")
-        print(f"{len(done.skipped)} could not be read and were left out: {names}", file=sys.stderr)
-    return 1 if done.skipped else 0
+    return _exit_code_of(done.skipped)
+
+
+def _caption(args: argparse.Namespace) -> int:
+    from bvl.api import load
+    from bvl.config import load_dump
+    from bvl.evals.embed import list_images
+    from bvl.evals.writing import caption_items
+    from bvl.runs import RunFolder
+    from bvl.train.environment import enable_compilation_cache
+
+    enable_compilation_cache()
+    if args.out is not None and Path(args.out).suffix != ".jsonl":
+        raise UserError(f"--out {args.out}: end it with .jsonl, for one object a line")
+    dump = RunFolder(args.run_folder).config
+    items = list_images(
+        args.images,
+        split=args.split,
+        config=load_dump(dump) if dump.is_file() else None,
+        image_column=args.image_column,
+    )
+    model = load(args.run_folder, checkpoint=_checkpoint(args.checkpoint))
+    options = _decoding_given(args)
+    options |= {
+        name: load(options[name]) for name in ("language_model", "scorer") if options.get(name) is not None
+    }
+    seed = options.pop("seed", 0)
+
+    def write(images, *, start, prompt):
+        # Each part of the images draws from a seed of its own.
+        return model.caption(
+            images, batch_size=args.batch_size, seed=seed + start, **{"prompt": prompt, **options}
+        )
+
+    skipped, count = [], 0
+    partial = None if args.out is None else Path(f"{args.out}.partial")
+    with contextlib.ExitStack() as stack:
+        lines = sys.stdout if partial is None else stack.enter_context(partial.open("w", encoding="utf-8"))
+        for item, text in caption_items(model.components, items, write, chunk=16 * args.batch_size):
+            if text is None:
+                skipped.append(item.id)
+                continue
+            count += 1
+            row = json.dumps({"id": item.id, "caption": text}, ensure_ascii=False)
+            print(f"{item.id}\t{text}" if partial is None else row, file=lines)
+    if partial is not None:
+        partial.replace(args.out)
+        print(f"{count} captions written: {args.out}")
+    return _exit_code_of(skipped)
+
+
+def _exit_code_of(skipped: Sequence[str]) -> int:
+    """1, with the names of images that could not be read, if there are any."""
+    if skipped:
+        names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+        print(f"{len(skipped)} could not be read and were left out: {names}", file=sys.stderr)
+    return 1 if skipped else 0
 
 
 def _data_phantoms(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from bvl.evals.embed import list_images
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
-VERBS = [["train"], ["eval"], ["embed"], ["data"], ["data", "phantoms"], ["data", "show"]]
+VERBS = [["train"], ["eval"], ["embed"], ["caption"], ["data"], ["data", "phantoms"], ["data", "show"]]
 
 
 def run(*words):

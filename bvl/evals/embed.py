@@ -38,11 +38,15 @@ class Embedded:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """An image to embed. open: decodes it, or raises ImageError. text: that of its record, if it has one."""
+    """An image to embed or caption. open: decodes it, or raises ImageError.
+
+    text, prompt: those of its record, if it has them.
+    """
 
     id: str
     open: Callable[[], Any]
     text: str | None = None
+    prompt: str | None = None
 
 
 def list_images(
@@ -89,7 +93,8 @@ def list_images(
             record = record_set.describe(i)
             if record.get("image") is not None:
                 load = functools.partial(_load, record_set, i)
-                found.append(Item(prefix + record["id"], load, choice.first(record)))
+                prompt = config.data.controls.prompt_of(record) if config is not None else None
+                found.append(Item(prefix + record["id"], load, choice.first(record), prompt))
     if not found:
         raise DataError(f"{', '.join(map(str, places))}: no record has an image")
     if not any_records and (split or image_column or text_column):

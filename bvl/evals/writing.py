@@ -1,0 +1,81 @@
+"""Captions for any number of images: the options of a search, the best of its candidates, and files of images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from bvl.decode.options import DecodeOptions
+from bvl.errors import ConfigError, ImageError
+from bvl.evals.embed import Item
+from bvl.runs import Components
+from bvl.tasks.captioning import longest_text, rerank, write_captions
+
+logger = logging.getLogger(__name__)
+
+
+def decode_options(
+    components: Components, *, best_of: int = 1, max_length: int | None = None, **search: Any
+) -> DecodeOptions:
+    """The options of a search that gives `best_of` candidates; max_length=None: as long as training texts can be.
+
+    Candidates are independent samples at a temperature above 0, else the best of the beams.
+    """
+    if best_of < 1:
+        raise ConfigError(f"best_of={best_of}: must be at least 1")
+    if best_of > 1 and not search.get("temperature") and search.get("beams", 1) < best_of:
+        raise ConfigError(
+            f"best_of={best_of} with beams={search.get('beams', 1)}: set beams as high, or a temperature above 0 for "
+            "independent samples"
+        )
+    max_length = longest_text(components) if max_length is None else max_length
+    return DecodeOptions(max_length=max_length, num_return=best_of, **search)
+
+
+def best_captions(
+    components: Components,
+    images: Sequence[Any],
+    *,
+    options: DecodeOptions,
+    scorer: Components | None = None,
+    originals: Sequence[Any] | None = None,
+    batch_size: int,
+    **how: Any,
+) -> list[str]:
+    """One text an image: the best by the search, or of several candidates the most like the image to the scorer.
+
+    originals: the images as the scorer is to read them, where `images` were already made ready for the captioner.
+    how: further arguments of `write_captions`.
+    """
+    candidates = write_captions(components, images, options=options, batch_size=batch_size, **how)
+    if options.num_return == 1:
+        return [row[0].text for row in candidates]
+    return rerank(scorer, images if originals is None else originals, candidates, batch_size=batch_size)
+
+
+def caption_items(
+    components: Components,
+    items: Sequence[Item],
+    write: Callable[..., list[str]],
+    *,
+    chunk: int,
+) -> Iterator[tuple[Item, str | None]]:
+    """(item, caption) in order, `chunk` images in memory at a time; None for an image that cannot be read.
+
+    write: (images, start=number of items before them, prompt=what the items come with, or None) -> captions.
+    """
+    for start in range(0, len(items), chunk):
+        part = items[start : start + chunk]
+        pixels: dict[int, Any] = {}
+        for i, item in enumerate(part):
+            try:
+                pixels[i] = components.pixels(item.open())
+            except ImageError as error:
+                logger.warning("left out: %s", error)
+        captions: dict[int, str] = {}
+        if pixels:
+            prompts = [part[i].prompt for i in pixels]
+            given = prompts if any(prompt is not None for prompt in prompts) else None
+            captions = dict(zip(pixels, write(list(pixels.values()), start=start, prompt=given), strict=True))
+        yield from ((item, captions.get(i)) for i, item in enumerate(part))
