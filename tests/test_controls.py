@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.data.text_choice import ChosenText
 from bvl.errors import ConfigError, DataError, UserError
 from bvl.runs import RunFolder
-from bvl.train.setup import prepare_data
+from bvl.tasks.base import View
+from bvl.train import setup
+from bvl.train.setup import load_frozen, prepare_data
 
 TEXTS = ["a small nodule in the left lung", "no nodule and clear lungs", "is there a nodule in the lung"]
 ALL = Controls(sections=("captions", "impression"), lengths=9, quality=4, prompt="question", prompt_tokens=6)
@@ -341,3 +344,16 @@ def test_the_tokenizer_of_a_run(tmp_path):
     assert tokenizer.decode(tokenizer.ids(modality)) == modality
     # Kept in the run folder, and there for the next start.
     assert prepare_data(with_controls, run, None).tokenizer.hash == tokenizer.hash
+
+
+def test_a_frozen_text_tower_needs_no_controls(monkeypatch):
+    """What a run adds to the vocabulary of a teacher leaves the ids of its words as they are."""
+    teacher = SimpleNamespace(tokenizer=make_tokenizer(Controls()))
+    monkeypatch.setattr(setup, "load_components", lambda spec: teacher)
+    views = SimpleNamespace(views=lambda: (View("text", encoder="teacher"),))
+    config = tiny_config(frozen={"teacher": "runs/teacher"}, tasks={"task": views})
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, controls=Controls(lengths=5)))
+    grown = make_tokenizer(Controls(lengths=5))
+    assert load_frozen(config, grown) == {"teacher": teacher}
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        load_frozen(config, make_tokenizer(Controls(lengths=5), vocab_size=60))

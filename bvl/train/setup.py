@@ -177,7 +177,9 @@ def load_frozen(config: Config, tokenizer: Tokenizer) -> dict[str, Components]:
         view.encoder for task in config.tasks.values() for view in task.views() if view.kind == "text"
     }
     for name, components in frozen.items():
-        if name in reads_text and components.tokenizer.hash != tokenizer.hash:
+        # Controls come after all words, and stand in no text that a frozen tower reads.
+        theirs = components.tokenizer.with_tokens(config.data.controls.tokens())
+        if name in reads_text and theirs.hash != tokenizer.hash:
             raise ConfigError(
                 f"frozen {name!r} reads another vocabulary than this run: set data.tokenizer.path to "
                 f"{config.frozen[name]}/tokenizer.json"
