@@ -62,6 +62,33 @@ def test_hand_made_sentence(sentence, expected):
 @pytest.mark.parametrize(
     "text, expected",
     [
+        # Met in reports, where lists, stops and spaces are less tidy than in the sentences.
+        ("No acute, displaced rib fractures identified.", {"fracture": "absent"}),
+        ("No effusion.. Minimal atelectasis noted", {"pleural effusion": "absent", "atelectasis": "present"}),
+        ("No effusion.Heart is enlarged.", {"pleural effusion": "absent", "cardiomegaly": "present"}),
+        ("No change right upper lobe cavity.", {"cavity": "present"}),
+        ("No cavitary changes to suggest tuberculosis.", {"cavity": "absent", "tuberculosis": "absent"}),
+        (
+            "No line to suggest pneumothorax or blunting to suggest effusion.",
+            {"pneumothorax": "absent", "pleural effusion": "absent"},
+        ),
+        ("No effusion or possible nodule.", {"pleural effusion": "absent", "nodule": "uncertain"}),
+        ("Question small effusion.", {"pleural effusion": "uncertain"}),
+        ("No effusion and nodules.", {"pleural effusion": "absent", "nodule": "present"}),
+        ("No effusions and nodules.", {"pleural effusion": "absent", "nodule": "absent"}),
+        (
+            "No mass, no nodules and granulomas.",
+            {"mass": "absent", "nodule": "absent", "granuloma": "present"},
+        ),
+    ],
+)
+def test_untidy_text(text, expected):
+    assert label_text(text, SENTENCE_LEXICON) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
         ("Small nodule. No nodule on the left. Possible nodule.", "present"),
         ("No nodule on the left. Possible nodule on the right.", "uncertain"),
         ("No nodule. No nodules.", "absent"),

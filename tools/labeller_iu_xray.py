@@ -42,7 +42,7 @@ TAGS = {
     "granuloma": r"(?:calcified )?granuloma.*|granulomatous disease.*",
     "heart failure": r"heart failure.*",
     "hiatal hernia": r"hernia, hiatal.*",
-    "hyperinflation": r"lung, hyperlucent.*|lung/hyperdistention.*|.*/flattened.*",
+    "hyperinflation": r"lung, hyperlucent.*|lung/(?:.*/)?hyperdistention.*|.*/flattened.*",
     "interstitial disease": r"(?!pulmonary edema|infiltrate).*interstitial.*",
     "kyphosis": r"kyphosis.*",
     "lymphadenopathy": r"(?:.*/)?lymph nodes/.*enlarged.*",

@@ -79,6 +79,7 @@ DOUBTED = (
     r"likely",
     r"unlikely",
     r"question(?:able|ably)",
+    r"(?<!clinical )question",
     r"(?:raises?|raising) (?:the )?(?:question|possibility|concern|suspicion) (?:of|for|that)",
     r"(?:suspicio\w+|worrisome|worry|concern\w*) (?:for|of|about)",
     r"suspect(?:ed)?",

@@ -217,10 +217,13 @@ class _Clause:
     def _denied(self, before: list[_Span]) -> bool:
         """Whether the last of the cues, a doubt, is itself denied: "no opacity to suggest", "not suspicious for"."""
         *earlier, doubt = before
-        if not earlier or earlier[-1].name != "denied":
+        if not earlier or not (earlier[-1].name == "denied" or self._denied(earlier)):
             return False
-        between = self.text[earlier[-1].end : doubt.start]
-        return not _SEPARATOR.search(between) and not self._has_stop(earlier[-1].end, doubt.start)
+        start = earlier[-1].end
+        separators = list(_SEPARATOR.finditer(self.text, start, doubt.start))
+        # "no line to suggest pneumothorax or blunting to suggest effusion", but "no effusion or possible nodule".
+        goes_on = self.text.startswith("suggest", doubt.start) and all(_is_or(s) for s in separators)
+        return (goes_on or not separators) and not self._has_stop(start, doubt.start)
 
     def _has_stop(self, start: int, end: int) -> bool:
         return any(c.name == "stop" and start <= c.start < end for c in self.cues)
