@@ -11,6 +11,7 @@ from toy_decoder import END, PAD, Toy, beam_twin, brute_force_twin, greedy_twin,
 
 from bvl.decode.beam import beam_search
 from bvl.decode.options import DecodeOptions
+from bvl.decode.sampling import draw
 from bvl.decode.search import search
 from bvl.decode.state import log_softmax
 from bvl.errors import UserError
@@ -162,6 +163,16 @@ def test_samples_follow_the_distribution():
     ):
         value = sum(TOY.log_probs(5, text[:i])[token] for i, token in enumerate(text))
         np.testing.assert_allclose([total, score], [value, value / len(text)], rtol=1e-5)
+
+
+def test_a_draw_has_the_probabilities_asked_for():
+    """Over several chunks, most of them without any probability, and the last one not full."""
+    probs = np.zeros(1000, np.float32)
+    probs[[3, 4, 70, 640, 999]] = [0.1, 0.2, 0.3, 0.15, 0.25]
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = np.asarray(jax.jit(jax.vmap(draw, (0, None)))(keys, probs))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=1000) / 4000, probs, atol=0.03)
+    assert set(drawn.tolist()) == {3, 4, 70, 640, 999}
 
 
 def test_a_key_a_row_makes_a_row_independent_of_its_place():

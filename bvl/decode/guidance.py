@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bvl.decode.state import Cache, Merge, Step, log_softmax
 from bvl.errors import UserError
@@ -27,15 +27,19 @@ def guide(
     is exactly log_softmax(conditional), at g = 0 log_softmax(null), of the tokens possible on both sides.
     """
     possible = jnp.isfinite(conditional) & jnp.isfinite(null)
-    log_c = log_softmax(jnp.where(possible, conditional.astype(jnp.float32), -jnp.inf))
-    log_u = log_softmax(jnp.where(possible, null.astype(jnp.float32), -jnp.inf))
     g = jnp.asarray(scale, jnp.float32)
     g = g.reshape(g.shape + (1,) * (conditional.ndim - 1)) if g.ndim else g
-    # 0 * -inf would be NaN, so the product never sees the -inf.
-    mixed = (1 - g) * jnp.where(possible, log_u, 0.0) + g * jnp.where(possible, log_c, 0.0)
-    guided = log_softmax(jnp.where(possible, mixed, -jnp.inf))
-    # What is normalised already stays as it is, to the last bit.
-    return jnp.where(g == 1, log_c, jnp.where(g == 0, log_u, guided))
+    # Logits less their maximum differ from log-probabilities by a constant, which the normalisation takes out; so
+    # one log_softmax is enough. At g = 1 it gets (1 - g) * finite + conditional, to the last bit.
+    mixed = (1 - g) * _below_top(null, possible) + g * _below_top(conditional, possible)
+    return log_softmax(jnp.where(possible, mixed, -jnp.inf))
+
+
+def _below_top(logits: Float[Array, "b ... V"], possible: Bool[Array, "b ... V"]) -> Float[Array, "b ... V"]:
+    """Logits less their maximum; 0 where impossible, since 0 * -inf would be NaN."""
+    logits = logits.astype(jnp.float32)
+    top = jnp.where(possible, logits, -jnp.inf).max(-1, keepdims=True)
+    return jnp.where(possible, logits - top, 0.0)
 
 
 def guided_merge(scale: Scale) -> Merge:

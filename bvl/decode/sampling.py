@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from bvl.decode.options import DecodeOptions
-from bvl.decode.state import Cache, Decoded, Merge, Step, advance, length_norm, spread
+from bvl.decode.state import Cache, Decoded, Merge, Step, advance, length_norm, log_softmax, spread
+from bvl.decode.topk import chunked
 from bvl.decode.truncation import truncate
 
 Constrain = Callable[[Float[Array, "b k V"], Int[Array, "b k L"], Int[Array, ""]], Float[Array, "b k V"]]
@@ -83,5 +84,24 @@ def sample(
 ) -> Int[Array, "b n"]:
     """Draw from the distribution that temperature, top_k and top_p leave, with the keys of position t."""
     log_probs = truncate(log_probs / options.temperature, top_k=options.top_k, top_p=options.top_p)
-    draw = jax.vmap(jax.vmap(lambda key, x: jax.random.categorical(jax.random.fold_in(key, t), x)))
-    return draw(keys, log_probs).astype(jnp.int32)
+    probs = jnp.exp(log_softmax(log_probs))
+    return jax.vmap(jax.vmap(lambda key, p: draw(jax.random.fold_in(key, t), p)))(keys, probs)
+
+
+def draw(key: Key[Array, ""], probs: Float[Array, " V"]) -> Int[Array, ""]:
+    """An index with probability in proportion to `probs`: a chunk by its sum, then an element of the chunk.
+
+    Two random numbers instead of the V of jax.random.categorical, whose making takes longer than a small decoder.
+    """
+    chunks = chunked(probs, 0.0)
+    uniform = jax.random.uniform(key, (2,))
+    chunk = _invert(chunks.sum(-1), uniform[0])
+    index = chunk * chunks.shape[-1] + _invert(chunks[chunk], uniform[1])
+    return jnp.minimum(index, len(probs) - 1).astype(jnp.int32)
+
+
+def _invert(mass: Float[Array, " n"], uniform: Float[Array, ""]) -> Int[Array, ""]:
+    """The index at which the cumulated mass passes `uniform` of the whole; one with mass, whatever the rounding."""
+    cumulated = jnp.cumsum(mass)
+    passed = (cumulated > uniform * cumulated[-1]) & (mass > 0)
+    return jnp.where(passed.any(), jnp.argmax(passed), jnp.argmax(mass))

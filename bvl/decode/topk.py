@@ -19,7 +19,7 @@ def top_k(x: Float[Array, "... n"], k: int) -> tuple[Float[Array, "... k"], Int[
     n = x.shape[-1]
     if n <= 4 * k * CHUNK:
         return lax.top_k(x, k)
-    chunks = _chunked(x)
+    chunks = chunked(x, -jnp.inf)
     _, chosen = lax.top_k(chunks.max(-1), k)
     chosen = jnp.sort(chosen, axis=-1)
     found = jnp.take_along_axis(chunks, chosen[..., None], axis=-2)
@@ -27,9 +27,10 @@ def top_k(x: Float[Array, "... n"], k: int) -> tuple[Float[Array, "... k"], Int[
     return values, jnp.take_along_axis(chosen, place // CHUNK, axis=-1) * CHUNK + place % CHUNK
 
 
-def _chunked(x: Float[Array, "... n"]) -> Float[Array, "... chunks CHUNK"]:
+def chunked(x: Float[Array, "... n"], fill: float) -> Float[Array, "... chunks CHUNK"]:
+    """The last axis as rows of CHUNK, the last one filled up."""
     n = x.shape[-1]
     chunks = -(-n // CHUNK)
     if chunks * CHUNK != n:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, chunks * CHUNK - n)], constant_values=-jnp.inf)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, chunks * CHUNK - n)], constant_values=fill)
     return x.reshape(*x.shape[:-1], chunks, CHUNK)
