@@ -64,6 +64,8 @@ def test_hand_made_sentence(sentence, expected):
     [
         # Met in reports, where lists, stops and spaces are less tidy than in the sentences.
         ("No acute, displaced rib fractures identified.", {"fracture": "absent"}),
+        ("No large effusion, pneumothorax.", {"pleural effusion": "absent", "pneumothorax": "absent"}),
+        ("No evidence of an effusion and scars.", {"pleural effusion": "absent", "scar": "present"}),
         ("No effusion.. Minimal atelectasis noted", {"pleural effusion": "absent", "atelectasis": "present"}),
         ("No effusion.Heart is enlarged.", {"pleural effusion": "absent", "cardiomegaly": "present"}),
         ("No change right upper lobe cavity.", {"cavity": "present"}),

@@ -124,7 +124,10 @@ _VERB = re.compile(rf"\b(?:{cues.FINITE_VERBS})\b")
 _PLURAL_SEEN = re.compile(r"\b(?:are|were|have been) (?!\w+ed\b(?<!identified)(?<!noted)(?<!detected))")
 # "aorta is calcified and tortuous" hides no "calcified", as a noun phrase would.
 _PREDICATE = re.compile(r"\b(?:is|are|was|were|and|appears?|remains?)\b")
-_ARTICLE = re.compile(r"\b(?:an?)\s*$")
+_ARTICLE = re.compile(r"\ban?\s*$")
+_ARTICLE_NEXT = re.compile(r"\s*an?\b")
+_BEFORE = ("denied", "doubted", "unstated", "around")
+_AFTER = ("denied after", "doubted after", "around")
 
 
 def _label_sentence(sentence: str, lexicon: Lexicon) -> list[tuple[str, Status]]:
@@ -250,7 +253,7 @@ class _Clause:
                 continue
             if self._begins_anew(cue, separator, mention):
                 return False
-            singular = _ARTICLE.search(self.text[: cue.start]) or _OPENER.match(self.text[cue.end :])
+            singular = _ARTICLE.search(self.text[: cue.start]) or _ARTICLE_NEXT.match(self.text, cue.end)
             if singular or _OPENER.match(segment):
                 return False
         return True
@@ -283,10 +286,6 @@ class _Clause:
         )
         joins = [s for s in _SEPARATOR.finditer(between) if not _is_or(s)]
         return not joins or bool(plural and not spoken)
-
-
-_BEFORE = ("denied", "doubted", "unstated", "around")
-_AFTER = ("denied after", "doubted after", "around")
 
 
 def _is_or(separator: re.Match) -> bool:
