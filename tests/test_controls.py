@@ -279,8 +279,8 @@ def test_a_record_without_a_control_has_none(tmp_path):
     }
     assert pipe.summary()[1:] == [
         "controls: 2 of 3 texts have no quality",
-        "controls: 2 of 3 records have no 'question'; 1 are longer than their room of 3 tokens and are cut "
-        "(data.controls.prompt_tokens)",
+        "controls: 2 of 3 records have no 'question'",
+        "controls: 1 of 1 prompts are longer than their room of 3 tokens and are cut (data.controls.prompt_tokens)",
     ]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,33 @@ class Controls:
                 f"strings"
             )
         return value if value and value.strip() else None
+
+    def check_records(
+        self, records: Sequence[tuple[Mapping[str, Any], Sequence[ChosenText]]], tokenizer: Tokenizer
+    ) -> list[str]:
+        """What a log should say of records and their texts; raises DataError for a control that none of them has."""
+        notes = []
+        if self.quality:
+            qualities = [self.quality_of(text, record) for record, texts in records for text in texts]
+            absent = sum(quality is None for quality in qualities)
+            if absent == len(qualities):
+                raise DataError(
+                    f"data.controls.quality={self.quality}, but no text that is read has a quality; `bvl data score` "
+                    f"writes it into the records"
+                )
+            notes.append(f"controls: {absent} of {len(qualities)} texts have no quality")
+        if self.prompt is not None:
+            prompts = [p for record, _ in records if (p := self.prompt_of(record)) is not None]
+            if not prompts:
+                raise DataError(f"data.controls.prompt={self.prompt!r}, but no record has this field")
+            absent = len(records) - len(prompts)
+            notes.append(f"controls: {absent} of {len(records)} records have no {self.prompt!r}")
+            if cut := sum(n > self.prompt_tokens for n in tokenizer.lengths(prompts)):
+                notes.append(
+                    f"controls: {cut} of {len(prompts)} prompts are longer than their room of {self.prompt_tokens} "
+                    f"tokens and are cut (data.controls.prompt_tokens)"
+                )
+        return notes
 
     def prefix(
         self,

@@ -146,7 +146,14 @@ class Pipeline:
             classes=[s.classes(i) for s, i in zip(sets, self.indices, strict=True)],
         )
         self._class_index = {name: i for i, name in enumerate(classes)}
-        self._control_notes = self._check_controls() if self._with_prompt else []
+        self._control_notes: list[str] = []
+        if self._with_prompt and {"quality", "prompt"} & set(config.controls.enabled):
+            records = [
+                (record := s.describe(int(i)), s.choice.in_order(record))
+                for s, index in zip(sets, self.indices, strict=True)
+                for i in index
+            ]
+            self._control_notes = config.controls.check_records(records, tokenizer)
 
     @property
     def num_records(self) -> int:
@@ -175,40 +182,6 @@ class Pipeline:
                 f"{notes}"
             )
         return lines + self._control_notes
-
-    def _check_controls(self) -> list[str]:
-        """What is to be said of the records' controls; raises DataError for a control that none of them has."""
-        controls, notes = self.config.controls, []
-        texts, without, prompts = 0, 0, []
-        for record_set, index in zip(self.sets, self.indices, strict=True):
-            for record in (record_set.describe(int(i)) for i in index):
-                for chosen in record_set.choice.in_order(record) if controls.quality else ():
-                    texts += 1
-                    without += controls.quality_of(chosen, record) is None
-                if controls.prompt is not None:
-                    prompts.append(controls.prompt_of(record))
-        if controls.quality:
-            if without == texts:
-                raise DataError(
-                    f"data.controls.quality={controls.quality}, but no text that is read has a quality; "
-                    f"`bvl data score` writes it into the records"
-                )
-            notes.append(f"controls: {without} of {texts} texts have no quality")
-        if controls.prompt is not None:
-            given = [prompt for prompt in prompts if prompt is not None]
-            if not given:
-                raise DataError(f"data.controls.prompt={controls.prompt!r}, but no record has this field")
-            cut = sum(n > controls.prompt_tokens for n in self.tokenizer.lengths(given))
-            notes.append(
-                f"controls: {len(prompts) - len(given)} of {len(prompts)} records have no {controls.prompt!r}"
-                + (
-                    f"; {cut} are longer than their room of {controls.prompt_tokens} tokens and are cut "
-                    f"(data.controls.prompt_tokens)"
-                    if cut
-                    else ""
-                )
-            )
-        return notes
 
     def example(self, position: int) -> dict[str, Any]:
         """The example at `position`: the declared batch keys, and "bad" with what could not be read."""
