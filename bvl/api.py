@@ -190,12 +190,14 @@ class Model:
         text_column: str | None = None,
         texts_per_image: int | None = 1,
         long_texts: LongTexts = "cut",
+        captions: Mapping[str, Any] | None = None,
         batch_size: int = 256,
     ) -> dict[str, Any]:
-        """Retrieval and zero-shot metrics on a folder of records, as `bvl eval` gives them; nothing is written.
+        """Retrieval, zero-shot and caption metrics on a folder of records, as `bvl eval` gives them; nothing is written.
 
         "<suite>/<metric>" -> value, "<suite>/<metric>/ci95" -> [low, high], "<suite>/provenance" -> what they depend on.
-        The options are those of `bvl eval`; texts_per_image=None reads all texts of a record.
+        The options are those of `bvl eval`; texts_per_image=None reads all texts of a record, and captions are fields of
+        the suite `bvl.evals.caption.Captions`, such as {"guidance": 2.0}.
         """
         suites = suites_for(
             folder,
@@ -206,6 +208,7 @@ class Model:
             text_column=text_column,
             texts_per_image=texts_per_image,
             long_texts=long_texts,
+            captions=captions,
         )
         return evaluate(self.components, suites, batch_size=batch_size).flat()
 

@@ -93,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         help="texts of a record that retrieval reads, of the fields caption, alt_text, findings and impression "
         "in this order (default 1)",
     )
+    _decoding(evaluate, "guidance", "beams", "scorer")
+    _caption_suite(evaluate)
     _reading(evaluate)
 
     embed = _verb(verbs, "embed", _embed, "embed any number of images, and the texts of records, into an .npz",
@@ -120,6 +122,22 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument("--image-column", metavar="NAME", help="column of the records that holds the images")
     _decoding(caption, *DECODING)
     _checkpoint_and_batch(caption, batch_size=16)
+
+    sweep = _verb(verbs, "sweep-guidance", _sweep_guidance,
+                  "write the trade-off of guidance as frontier.csv, .md and .png",
+                  "bvl sweep-guidance runs/quickstart --gammas 0.5:4:0.5 --out frontier")  # fmt: skip
+    sweep.add_argument("run_folder", metavar="RUN", help="run folder of a captioner")
+    sweep.add_argument(
+        "--data", help="folder or file of records; default: what the run's own suite of captions reads"
+    )
+    sweep.add_argument("--split", help="split of --data; default as in bvl eval")
+    sweep.add_argument(
+        "--gammas", default="0.5:4:0.5", help="scales: first:last:step (default 0.5:4:0.5), or 1,2,3"
+    )
+    sweep.add_argument("--out", required=True, help="folder to write")
+    _decoding(sweep, *(n for n in DECODING if n not in ("guidance", "length", "prompt", "begin")))
+    _caption_suite(sweep)
+    _checkpoint_and_batch(sweep)
 
     data = verbs.add_parser(
         "data",
@@ -237,6 +255,36 @@ def _decoding(parser: argparse.ArgumentParser, *names: str) -> None:
         group.add_argument(flag, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)
 
 
+def _caption_suite(parser: argparse.ArgumentParser) -> None:
+    """Options that only a suite of captions has, named as its fields."""
+    group = parser.add_argument_group("captions")
+    group.add_argument(
+        "--length",
+        type=_length,
+        default=argparse.SUPPRESS,
+        metavar="N|N:M|reference",
+        help="words to ask for: a number, N to M in turns, or as many as the reference has",
+    )
+    group.add_argument(
+        "--max-images",
+        type=_positive_or_all,
+        default=argparse.SUPPRESS,
+        metavar="N|all",
+        help="images to caption (default 500)",
+    )
+    group.add_argument(
+        "--lexicon",
+        choices=("none", "phantoms", "chest"),
+        default=argparse.SUPPRESS,
+        help="findings to look for in captions; default: phantoms where the records have facts, else none",
+    )
+
+
+def _caption_suite_given(args: argparse.Namespace) -> dict[str, object]:
+    names = (*DECODING, "max_images", "lexicon")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
 def _decoding_given(args: argparse.Namespace) -> dict[str, object]:
     return {name: getattr(args, name) for name in DECODING if hasattr(args, name)}
 
@@ -248,14 +296,15 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(config_lib.dump(config), end="")
         return 0
-    from bvl.evals.table import print_table
+    from bvl.evals.table import print_captions, print_table, read_examples
     from bvl.runs import RunFolder
     from bvl.train.loop import train
 
     code = train(config, force=args.force)
-    results = RunFolder(config.workdir).eval
-    if code == 0 and results.is_file():
-        print_table(json.loads(results.read_text()))
+    run = RunFolder(config.workdir)
+    if code == 0 and run.eval.is_file():
+        print_table(json.loads(run.eval.read_text()))
+        print_captions(read_examples(run, tuple(config.eval.suites)))
     return code
 
 
@@ -263,7 +312,7 @@ def _eval(args: argparse.Namespace) -> int:
     from bvl.data.records import folder_name
     from bvl.evals.base import check_name, evaluate, write_eval
     from bvl.evals.folder import suites_for
-    from bvl.evals.table import print_table
+    from bvl.evals.table import print_captions, print_table
     from bvl.runs import RunFolder, load_components
     from bvl.train.environment import enable_compilation_cache
 
@@ -281,17 +330,20 @@ def _eval(args: argparse.Namespace) -> int:
         text_column=args.text_column,
         texts_per_image=args.texts_per_image,
         long_texts=args.long_texts,
+        captions=_caption_suite_given(args),
     )
     run = RunFolder(args.run_folder)
-    metrics = write_eval(run, evaluate(components, suites, batch_size=args.batch_size), name=name)
-    print_table(metrics)
+    evaluation = evaluate(components, suites, batch_size=args.batch_size)
+    print_table(write_eval(run, evaluation, name=name))
+    print_captions(evaluation.per_example)
     print(f"written: {run.evals / name}.json")
     return 0
 
 
 def _embed(args: argparse.Namespace) -> int:
     from bvl.config import load_dump
-    from bvl.evals.embed import embed_to_file, list_images
+    from bvl.evals.embed import embed_to_file
+    from bvl.evals.items import list_images
     from bvl.runs import RunFolder, load_components
     from bvl.train.environment import enable_compilation_cache
 
@@ -315,8 +367,7 @@ def _embed(args: argparse.Namespace) -> int:
 def _caption(args: argparse.Namespace) -> int:
     from bvl.api import load
     from bvl.config import load_dump
-    from bvl.evals.embed import list_images
-    from bvl.evals.writing import caption_items
+    from bvl.evals.items import caption_items, list_images
     from bvl.runs import RunFolder
     from bvl.train.environment import enable_compilation_cache
 
@@ -358,6 +409,23 @@ def _caption(args: argparse.Namespace) -> int:
         partial.replace(args.out)
         print(f"{count} captions written: {args.out}")
     return _exit_code_of(skipped)
+
+
+def _sweep_guidance(args: argparse.Namespace) -> int:
+    from bvl.evals.sweep import parse_gammas, suite_for, sweep_guidance, write_frontier
+    from bvl.runs import load_components
+    from bvl.train.environment import enable_compilation_cache
+
+    enable_compilation_cache()
+    gammas = parse_gammas(args.gammas)
+    components = load_components(args.run_folder, checkpoint=_checkpoint(args.checkpoint))
+    suite = suite_for(components.config, data=args.data, split=args.split, **_caption_suite_given(args))
+    suite.check_records()
+    points = sweep_guidance(components, suite, gammas, batch_size=args.batch_size)
+    written = write_frontier(points, Path(args.out), title=f"{args.run_folder}: guidance")
+    print((Path(args.out) / "frontier.md").read_text(encoding="utf-8"), end="")
+    print(f"written: {', '.join(map(str, written))}")
+    return 0
 
 
 def _exit_code_of(skipped: Sequence[str]) -> int:
@@ -435,6 +503,15 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _length(text: str) -> int | str | tuple[int, ...]:
+    if text == "reference":
+        return text
+    first, colon, last = text.partition(":")
+    if colon and first.isdigit() and last.isdigit() and 0 < int(first) < int(last):
+        return tuple(range(int(first), int(last) + 1))
+    return _positive(text)
 
 
 def _positive_or_all(text: str) -> int | None:

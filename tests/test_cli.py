@@ -6,16 +6,26 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from bvl import cli
 from bvl.errors import DataError
-from bvl.evals.embed import list_images
+from bvl.evals.items import list_images
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
-VERBS = [["train"], ["eval"], ["embed"], ["caption"], ["data"], ["data", "phantoms"], ["data", "show"]]
+VERBS = [
+    ["train"],
+    ["eval"],
+    ["embed"],
+    ["caption"],
+    ["sweep-guidance"],
+    ["data"],
+    ["data", "phantoms"],
+    ["data", "show"],
+]
 
 
 def run(*words):
@@ -55,6 +65,11 @@ def test_help_ends_with_an_example(words, capsys):
         (["eval", "runs/x", "--data", "x", "--texts-per-image", "0"], "--texts-per-image"),
         (["embed", "runs/x", "--out", "x.npz"], "IMAGES"),
         (["embed", "runs/x", "x", "--out", "x.npz", "--long-texts", "whole"], "--long-texts"),
+        (["caption", "runs/x"], "IMAGES"),
+        (["caption", "runs/x", "a.png", "--beams", "two"], "--beams"),
+        (["caption", "runs/x", "a.png", "--length", "4:6"], "--length"),
+        (["sweep-guidance", "runs/x"], "--out"),
+        (["sweep-guidance", "runs/x", "--out", "x", "--length", "6:4"], "--length"),
         (["data"], "WHAT"),
         (["data", "phantoms", "out", "--n", "-3"], "--n"),
         (["data", "phantoms", "out", "--n", "many"], "--n"),
@@ -82,6 +97,10 @@ def test_overrides_may_stand_anywhere(capsys):
         (["eval", QUICKSTART, "--data", str(ROOT / "README.md")], "a manifest is a .jsonl"),
         (["train", QUICKSTART], "workdir=DIR"),
         (["eval", "no_such_run", "--data", "no_such_folder"], "no_such_folder"),
+        (["caption", "no_such_run", "no_such_image.png"], "no_such_image.png"),
+        (["caption", "no_such_run", "x.png", "--out", "x.txt"], "end it with .jsonl"),
+        (["sweep-guidance", "no_such_run", "--out", "x"], "no such folder"),
+        (["sweep-guidance", "no_such_run", "--out", "x", "--gammas", "4:1:1"], "gammas='4:1:1'"),
         (["embed", "no_such_run", "no_such_image.png", "--out", "x.npz"], "no_such_image.png"),
     ],
 )
@@ -122,14 +141,22 @@ def test_options_reach_what_reads_the_records(tmp_path, monkeypatch):
         return called
 
     monkeypatch.setattr("bvl.evals.folder.suites_for", record("eval", None))
-    monkeypatch.setattr("bvl.evals.embed.list_images", record("list", ["items"]))
+    monkeypatch.setattr("bvl.evals.items.list_images", record("list", ["items"]))
     monkeypatch.setattr("bvl.evals.embed.embed_to_file", record("embed", None))
     columns = ("--image-column", "file", "--text-column", "report", "--split", "val")
     texts = ("--texts-per-image", "all", "--long-texts", "chunks")
-    assert run("eval", "run", "--data", str(tmp_path), *columns, *texts) == 1
+    captions = ("--guidance", "2", "--length", "4:6", "--max-images", "all", "--lexicon", "chest")
+    assert run("eval", "run", "--data", str(tmp_path), *columns, *texts, *captions) == 1
     read = {"image_column": "file", "text_column": "report", "split": "val"}
     texts = {"texts_per_image": None, "long_texts": "chunks"}
-    assert calls["eval"] == {**read, **texts, "name": tmp_path.name, "config": "config"}
+    captions = {"guidance": 2.0, "length": (4, 5, 6), "max_images": None, "lexicon": "chest"}
+    assert calls["eval"] == {
+        **read,
+        **texts,
+        "name": tmp_path.name,
+        "config": "config",
+        "captions": captions,
+    }
     options = ("--long-texts", "chunks", "--batch-size", "3")
     assert run("embed", "run", str(tmp_path), "--out", "x.npz", *columns, *options) == 1
     assert calls["list"] == {**read, "config": None}
@@ -143,6 +170,57 @@ def test_images_of_several_folders_have_ids_of_their_own(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     assert [item.id for item in list_images([a])] == ["0.png"]
     assert [item.id for item in list_images([a, b])] == [f"{a}/0.png", f"{b}/0.png"]
+
+
+def test_captions_are_lines_and_unreadable_images_are_named(tmp_path, monkeypatch, capsys):
+    for name in "abc":
+        Image.new("L", (4, 4), ord(name)).save(tmp_path / f"{name}.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    monkeypatch.setattr("bvl.train.environment.enable_compilation_cache", lambda: None)
+    calls = []
+
+    def caption(images, **options):
+        calls.append(options)
+        return [f"grey {image[0, 0, 0]}" for image in images]
+
+    def pixels(image):
+        return np.asarray(image.convert("RGB"))
+
+    model = SimpleNamespace(caption=caption, components=SimpleNamespace(pixels=pixels))
+    loaded = []
+    monkeypatch.setattr("bvl.api.load", lambda path, **options: loaded.append(path) or model)
+    options = ("--guidance", "2", "--beams", "4", "--length", "12", "--scorer", "judge", "--seed", "5")
+    assert run("caption", "run", str(tmp_path), *options) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["a.png\tgrey 97", "c.png\tgrey 99"]
+    assert "1 could not be read and were left out: b.png" in printed.err
+    assert loaded == ["run", "judge"]
+    wanted = {"guidance": 2.0, "beams": 4, "length": 12, "scorer": model, "seed": 5, "prompt": None}
+    assert calls == [{**wanted, "batch_size": 16}]
+
+    (tmp_path / "b.png").unlink()
+    out = tmp_path / "captions.jsonl"
+    assert run("caption", "run", str(tmp_path), "--out", str(out)) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == [{"id": "a.png", "caption": "grey 97"}, {"id": "c.png", "caption": "grey 99"}]
+
+
+def test_images_are_captioned_in_parts(tmp_path, monkeypatch, capsys):
+    for i in range(20):
+        Image.new("L", (4, 4), i).save(tmp_path / f"{i:02}.png")
+    monkeypatch.setattr("bvl.train.environment.enable_compilation_cache", lambda: None)
+    starts = []
+
+    def caption(images, *, seed, **options):
+        starts.append((seed, len(images)))
+        return ["x"] * len(images)
+
+    components = SimpleNamespace(pixels=np.asarray)
+    model = SimpleNamespace(caption=caption, components=components)
+    monkeypatch.setattr("bvl.api.load", lambda path, **options: model)
+    assert run("caption", "run", str(tmp_path), "--batch-size", "1", "--seed", "3") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 20
+    assert starts == [(3, 16), (19, 4)]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from tiny_model import tiny_components
 
 from bvl.data.array_records import write_array_records
 from bvl.errors import ConfigError, DataError
-from bvl.evals.embed import embed_to_file, list_images
+from bvl.evals.embed import embed_to_file
+from bvl.evals.items import list_images
 from bvl.tasks import contrastive
 
 TEXTS = ["a nodule", None, "no nodule " * 20, "two cysts"]

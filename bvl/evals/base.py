@@ -132,12 +132,17 @@ def write_eval(run: RunFolder, evaluation: Evaluation, *, name: str | None = Non
     if name is not None:
         check_name(name)
     for suite, rows in evaluation.per_example.items():
-        file = f"{suite}.jsonl" if name is None else f"{name}.{suite}.jsonl"
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomic(run.predictions / file.replace("/", "_"), lines)
+        write_atomic(predictions_path(run, suite, name=name), lines)
     path = run.eval if name is None else run.evals / f"{name}.json"
     write_atomic(path, json.dumps(evaluation.flat(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return evaluation.metrics
+
+
+def predictions_path(run: RunFolder, suite: str, *, name: str | None = None) -> Path:
+    """Where the examples of a suite are written."""
+    file = f"{suite}.jsonl" if name is None else f"{name}.{suite}.jsonl"
+    return run.predictions / file.replace("/", "_")
 
 
 def check_name(name: str) -> None:

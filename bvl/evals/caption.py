@@ -134,6 +134,13 @@ class Captions(Suite):
             raise ConfigError(f"lexicon={self.lexicon!r}: choose none, phantoms or chest")
         self.source.choice(self.text)
 
+    def with_guidance(self, guidance: float) -> Captions:
+        """This suite at another scale, with the records, scorer and language model that it has read."""
+        other = dataclasses.replace(self, guidance=guidance)
+        read = {"_opened", "_references", "_scorer", "_scorer_cache", "_language_model"}
+        other.__dict__.update({name: value for name, value in self.__dict__.items() if name in read})
+        return other
+
     def check_config(self, config: Config) -> None:
         """Raise ConfigError for a run that cannot write what the suite asks for."""
         task = config.tasks.get(self.task)
@@ -302,7 +309,7 @@ class Captions(Suite):
                 f"or more references; fields that records have: {fields_of(record_set)}"
             )
         if self.lexicon == "phantoms":
-            without = [i for i in found if not _has_facts(record_set.describe(i))]
+            without = [i for i in found if not has_facts(record_set.describe(i))]
             if without:
                 raise DataError(
                     f"{describe(record_set)}: record {record_set.describe(without[0])['id']!r} has no facts of phantoms, "
@@ -421,7 +428,8 @@ class Captions(Suite):
 _PHANTOM_LEXICON = Lexicon({name: words for own in FINDING_LEXICON.values() for name, words in own.items()})
 
 
-def _has_facts(record: dict[str, Any]) -> bool:
+def has_facts(record: dict[str, Any]) -> bool:
+    """Whether a record has the facts of phantoms."""
     facts = record.get("facts")
     return (
         isinstance(facts, dict)

@@ -1,19 +1,23 @@
-"""The suites that suit any folder of records: retrieval where it has texts, zero-shot where it has labels."""
+"""The suites that suit any folder of records: retrieval and captions where it has texts, zero-shot for labels."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bvl.config import Config
 from bvl.data.long_texts import LongTexts
 from bvl.data.records import select_split
 from bvl.data.sources import Source
-from bvl.errors import DataError
+from bvl.errors import ConfigError, DataError
 from bvl.evals.base import Suite, fields_of, overlaps_training, same_place
+from bvl.evals.caption import Captions, has_facts
 from bvl.evals.retrieval import Retrieval
 from bvl.evals.zeroshot import ZeroShot
+from bvl.tasks.caption import Caption
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +76,12 @@ def suites_for(
     text_column: str | None = None,
     texts_per_image: int | None = 1,
     long_texts: LongTexts = "cut",
+    captions: Mapping[str, Any] | None = None,
+    only_captions: bool = False,
 ) -> dict[str, Suite]:
-    """The suites of a folder of records, by name: `retrieval_<name>` and `zeroshot_<name>`; what was chosen is logged.
+    """The suites of a folder of records, by name: `retrieval_<name>`, `zeroshot_<name>` and `caption_<name>`.
 
+    What was chosen is logged. Captions are for runs with a Caption task, the other two for those that embed texts.
     Retrieval runs where records have a text. Zero-shot takes one class an image where every record that has labels
     has exactly one (named by its class_prompt, if there is one, else by its label), and each label on its own
     ("label" against "no label") otherwise.
@@ -86,8 +93,12 @@ def suites_for(
     image_column, text_column: see `source_at`.
     texts_per_image: so many texts of each record, of the fields caption, alt_text, findings and impression in this
     order, None = all; 1 = that of the first of these fields that there is.
-    Raises DataError if the records allow neither.
+    captions: fields of the `Captions` suite; its references are the texts that the run was trained on, where the
+    records have them, else those of the first field.
+    Raises DataError if the records allow none, ConfigError for `captions` of a run without the task.
     """
+    if captions:
+        captioner_of(config)
     source = source_at(folder, config=config, image_column=image_column, text_column=text_column)
     records = source.read()
     name = name or records.name
@@ -110,10 +121,12 @@ def suites_for(
 
     suites: dict[str, Suite] = {}
     reasons = []
-    makers = {
-        "retrieval": lambda: _retrieval(source, texts_per_image, long_texts),
-        "zeroshot": lambda: _zeroshot(source),
-    }
+    makers = {}
+    if not only_captions and (config is None or config.model.embeds_text):
+        makers["retrieval"] = lambda: _retrieval(source, texts_per_image, long_texts)
+        makers["zeroshot"] = lambda: _zeroshot(source)
+    if only_captions or _captioners(config):
+        makers["caption"] = lambda: _captions(source, config, captions or {})
     for suite_name, make in makers.items():
         try:
             suite = make()
@@ -132,6 +145,44 @@ def _trained_splits(config: Config | None, folder: str) -> set[str | None]:
     """The splits of this folder that a run was trained on."""
     trained = config.data.sources() if config is not None else ()
     return {source.split for source in trained if same_place(source, Source(root=folder))}
+
+
+def captioner_of(config: Config | None) -> str:
+    """The name of a run's captioning task; ConfigError, with the tasks that there are, where it has none."""
+    names = _captioners(config)
+    if not names:
+        there = ", ".join(f"{n} ({type(t).__name__})" for n, t in config.tasks.items()) if config else "none"
+        raise ConfigError(f"this run cannot write captions: it has no task of type Caption, only {there}")
+    return names[0]
+
+
+def _captioners(config: Config | None) -> list[str]:
+    tasks = {} if config is None else config.tasks
+    return [name for name, task in tasks.items() if isinstance(task, Caption)]
+
+
+def _captions(source: Source, config: Config, options: Mapping[str, Any]) -> Suite:
+    suite = Captions(source=source, task=captioner_of(config), **options)
+    suite.check_config(config)
+    record_set = suite.opened()
+    records = [record_set.describe(i) for i in range(len(record_set))]
+    pictured = [record for record in records if record.get("image") is not None]
+    if suite.text is None:
+        trained = [s for s in config.data.sources() if any(s.choice().offers(record) for record in pictured)]
+        fields = [field for field in TEXT_FIELDS if any(record.get(field) for record in pictured)]
+        if trained:
+            source = dataclasses.replace(
+                source,
+                text=trained[0].text,
+                templates=trained[0].templates,
+                descriptions=trained[0].descriptions,
+            )
+        elif fields:
+            source = dataclasses.replace(source, text=fields[0])
+        logger.info("%s: references of captions are %s", source.name, source.text)
+    facts = bool(pictured) and all(has_facts(record) for record in pictured)
+    lexicon = options.get("lexicon", "phantoms" if facts else "none")
+    return dataclasses.replace(suite, source=source, lexicon=lexicon)
 
 
 def _retrieval(source: Source, texts_per_image: int | None, long_texts: LongTexts) -> Suite:

@@ -1,18 +1,14 @@
-"""Captions for any number of images: the options of a search, the best of its candidates, and files of images."""
+"""One caption for each image: the options of a search, and the best of its candidates."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bvl.decode.options import DecodeOptions
-from bvl.errors import ConfigError, ImageError
-from bvl.evals.embed import Item
+from bvl.errors import ConfigError
 from bvl.runs import Components
 from bvl.tasks.captioning import longest_text, rerank, write_captions
-
-logger = logging.getLogger(__name__)
 
 
 def decode_options(
@@ -52,30 +48,3 @@ def best_captions(
     if options.num_return == 1:
         return [row[0].text for row in candidates]
     return rerank(scorer, images if originals is None else originals, candidates, batch_size=batch_size)
-
-
-def caption_items(
-    components: Components,
-    items: Sequence[Item],
-    write: Callable[..., list[str]],
-    *,
-    chunk: int,
-) -> Iterator[tuple[Item, str | None]]:
-    """(item, caption) in order, `chunk` images in memory at a time; None for an image that cannot be read.
-
-    write: (images, start=number of items before them, prompt=what the items come with, or None) -> captions.
-    """
-    for start in range(0, len(items), chunk):
-        part = items[start : start + chunk]
-        pixels: dict[int, Any] = {}
-        for i, item in enumerate(part):
-            try:
-                pixels[i] = components.pixels(item.open())
-            except ImageError as error:
-                logger.warning("left out: %s", error)
-        captions: dict[int, str] = {}
-        if pixels:
-            prompts = [part[i].prompt for i in pixels]
-            given = prompts if any(prompt is not None for prompt in prompts) else None
-            captions = dict(zip(pixels, write(list(pixels.values()), start=start, prompt=given), strict=True))
-        yield from ((item, captions.get(i)) for i, item in enumerate(part))
