@@ -269,6 +269,15 @@ def _at_image_size(start_from: Components, config: Config) -> Any:
     return {**params, "image": image}
 
 
+def _with_own_parts(given: Any, fresh: Any) -> Any:
+    """The given parameters without a text tower that this model has not, and with a decoder that only this one has."""
+    kept = {name: value for name, value in given.items() if name != "text" or "text" in fresh}
+    if "decoder" in fresh and "decoder" not in given:
+        logger.info("the decoder starts from fresh parameters")
+        kept["decoder"] = fresh["decoder"]
+    return kept
+
+
 def _grid(config: Config) -> tuple[int, int]:
     """Rows and columns of the image tower's last feature map, which its positions are made for."""
     return config.model.image.grid(config.data.preprocess.height_width)
@@ -315,7 +324,7 @@ def first_state(
     state = fresh(jax.random.key(config.seed))
     if start_from is None:
         return state, {}
-    model_params = _at_image_size(start_from, config)
+    model_params = _with_own_parts(_at_image_size(start_from, config), state.params["model"])
     check_same_shapes(plan.target.params["model"], model_params, f"init_from={config.init_from}")
     logger.info("parameters from %s, step %d", config.init_from, start_from.step)
     params = {**state.params, "model": jax.device_put(model_params, plan.shardings.params["model"])}
