@@ -44,8 +44,8 @@ def constrained(log_probs_of, options, *, forbidden=(), forced=None):
     return apply
 
 
-@functools.partial(jax.jit, static_argnames=("options", "guidance"))
-def decode(rows, options, forbidden=None, forced=None, forced_mask=None, guidance=None):
+@functools.partial(jax.jit, static_argnames=("options", "guidance", "end_id"))
+def decode(rows, options, forbidden=None, forced=None, forced_mask=None, guidance=None, end_id=END):
     copies = jnp.concatenate([rows, rows + 100]) if guidance else rows
     logits, cache = TOY.prefill(copies)
     return search(
@@ -53,7 +53,7 @@ def decode(rows, options, forbidden=None, forced=None, forced_mask=None, guidanc
         cache,
         TOY.step,
         options=options,
-        end_id=END,
+        end_id=end_id,
         pad_id=PAD,
         rng=jax.random.key(0),
         merge=guided_merge(guidance) if guidance else None,
@@ -190,9 +190,9 @@ def test_without_a_mask_every_place_is_forced():
     ],
 )
 def test_where_nothing_may_be_written_scores_are_minus_infinity(options):
-    decoded = run(options, forbidden=np.ones(5, bool))
+    decoded = run(options, forbidden=np.ones(5, bool), end_id=4)
     assert (decoded.scores == -np.inf).all() and (decoded.log_probs == -np.inf).all()
-    assert not np.isin(decoded.tokens, [2, 3, 4]).any()
+    assert np.isin(decoded.tokens, [4, PAD]).all()
     assert (decoded.lengths <= 1).all()
 
 

@@ -53,11 +53,13 @@ def test_greedy_takes_the_likeliest_token():
     assert lengths.min() < lengths.max(), "rows of one length would not show what follows END"
 
 
-@pytest.mark.parametrize("penalty", [1.0, 0.0, -1.0, 2.0])
+@pytest.mark.parametrize("penalty", [1.0, 0.0, -0.3, 2.0])
 def test_beam_search_follows_its_rules(penalty):
+    """On many rows, since a wrong rule for stopping changes the texts of few."""
     options = DecodeOptions(max_length=8, beams=3, num_return=3, length_penalty=penalty)
-    decoded = run(options)
-    for row in ROWS:
+    rows = range(32)
+    decoded = run(options, rows=rows)
+    for row in rows:
         expected, _ = beam_twin(TOY.log_probs, row, options)
         assert_same_texts(decoded, row, expected, options)
 

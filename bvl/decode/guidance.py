@@ -23,7 +23,7 @@ def guide(
     """Normalised (1 - g) log p_null + g log p_conditional (equation 3 of the paper) from logits, in f32.
 
     `scale` g is one number or one a row, and may be traced. A token that is -inf on either side is -inf in the
-    result, at every g: both sides are masked first and combined second, so there is no NaN. At g = 1 the result
+    result, at every g, and nothing is NaN. At g = 1 the result
     is exactly log_softmax(conditional), at g = 0 log_softmax(null), of the tokens possible on both sides.
     """
     possible = jnp.isfinite(conditional) & jnp.isfinite(null)
@@ -32,14 +32,15 @@ def guide(
     # Logits less their maximum differ from log-probabilities by a constant, which the normalisation takes out; so
     # one log_softmax is enough. At g = 1 it gets (1 - g) * finite + conditional, to the last bit.
     mixed = (1 - g) * _below_top(null, possible) + g * _below_top(conditional, possible)
+    # 0 * -inf is NaN in `mixed`, but only where the token is impossible.
     return log_softmax(jnp.where(possible, mixed, -jnp.inf))
 
 
 def _below_top(logits: Float[Array, "b ... V"], possible: Bool[Array, "b ... V"]) -> Float[Array, "b ... V"]:
-    """Logits less their maximum; 0 where impossible, since 0 * -inf would be NaN."""
+    """Logits less the maximum of the possible ones; what is impossible may be NaN."""
     logits = logits.astype(jnp.float32)
     top = jnp.where(possible, logits, -jnp.inf).max(-1, keepdims=True)
-    return jnp.where(possible, logits - top, 0.0)
+    return logits - top
 
 
 def guided_merge(scale: Scale) -> Merge:
