@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 ROWS = (0, 1, 2, 3)
 TOY = Toy(6, 8)
+FEW = Toy(3, 8)
 SMALL = Toy(3, 4, seed=3)
 
 
@@ -53,14 +54,14 @@ def test_greedy_takes_the_likeliest_token():
     assert lengths.min() < lengths.max(), "rows of one length would not show what follows END"
 
 
-@pytest.mark.parametrize("penalty", [1.0, 0.0, -0.3, 2.0])
-def test_beam_search_follows_its_rules(penalty):
+@pytest.mark.parametrize("toy, penalty", [(TOY, 1.0), (TOY, 0.0), (FEW, -1.0), (TOY, 2.0)])
+def test_beam_search_follows_its_rules(toy, penalty):
     """On many rows, since a wrong rule for stopping changes the texts of few."""
     options = DecodeOptions(max_length=8, beams=3, num_return=3, length_penalty=penalty)
     rows = range(32)
-    decoded = run(options, rows=rows)
+    decoded = run(options, rows=rows, toy=toy)
     for row in rows:
-        expected, _ = beam_twin(TOY.log_probs, row, options)
+        expected, _ = beam_twin(toy.log_probs, row, options)
         assert_same_texts(decoded, row, expected, options)
 
 
