@@ -15,7 +15,7 @@ from bvl.data.long_texts import LongTexts, warn_of_cuts
 from bvl.errors import UserError
 from bvl.evals.base import evaluate
 from bvl.evals.folder import suites_for
-from bvl.evals.writing import best_captions, decode_options
+from bvl.evals.writing import best_captions, decode_options, own_scorer
 from bvl.runs import Components, load_components
 from bvl.tasks import contrastive
 from bvl.tasks.captioning import GuidanceNull, caption_task
@@ -165,7 +165,7 @@ class Model:
             "min_length": min_length,
         }
         other = None if language_model is None else _components(language_model)
-        judge = self.components if scorer is None else _components(scorer)
+        judge = own_scorer(self.components) if scorer is None else _components(scorer)
         return best_captions(
             self.components,
             images,

@@ -10,11 +10,11 @@ from PIL import Image
 from tiny_model import PHANTOMS, tiny_components
 from tiny_run import fast_compilation, tiny_config  # noqa: F401
 
-from bvl.config import EvalConfig, LogConfig, check
+from bvl.config import EvalConfig, check
 from bvl.data.phantoms import FINDING_LEXICON, write_phantoms
 from bvl.data.sources import RecordSet, Source
 from bvl.errors import ConfigError, DataError, UserError
-from bvl.evals.base import evaluate
+from bvl.evals.base import evaluate, write_eval
 from bvl.evals.caption import Captions
 from bvl.evals.folder import suites_for
 from bvl.evals.sweep import parse_gammas, suite_for, sweep_guidance, write_frontier
@@ -25,13 +25,10 @@ from bvl.metrics.bootstrap import bootstrap_mean, bootstrap_sums
 from bvl.metrics.caption_alignment import clip_score, retrieve_in_pools
 from bvl.metrics.caption_text import tokenize
 from bvl.metrics.cider import cider_d
-from bvl.models.decoder import DecoderConfig
 from bvl.runs import RunFolder
 from bvl.tasks import captioning
-from bvl.tasks.caption import Caption
 from bvl.tasks.contrastive import embed_images, embed_texts
 from bvl.train.loop import train
-from bvl.train.optim import OptimConfig
 
 ALL = Source(phantoms=PHANTOMS, split=None, text="captions")
 NUM_SAMPLES = 50
@@ -208,7 +205,7 @@ def test_without_a_scorer_its_metrics_are_absent(alone, tmp_path):
     assert points[0].result.provenance["scorer"] is None
     write_frontier(points, tmp_path)
     assert (tmp_path / "frontier.png").is_file() and "R@1" not in (tmp_path / "frontier.md").read_text()
-    with pytest.raises(ConfigError, match="needs a contrastive model to choose: name one as scorer"):
+    with pytest.raises(ConfigError, match="needs a contrastive model to choose, which this run is not"):
         dataclasses.replace(suite, best_of=2, temperature=1.0).run(alone, batch_size=16)
 
 
@@ -276,26 +273,26 @@ def test_records_of_one_image_are_one_item(components, tmp_path):
         dataclasses.replace(suite).prepare(components, batch_size=4)
 
 
-def test_training_runs_evaluate_captions(tmp_path):
-    base = tiny_config()
-    config = tiny_config(
-        tmp_path / "run",
-        steps=1,
-        optim=OptimConfig(warmup_steps=0),
-        model=dataclasses.replace(
-            base.model, text=None, decoder=DecoderConfig(width=16, depth=1, num_heads=2)
-        ),
-        tasks={"caption": Caption()},
-        log=LogConfig(tensorboard=False, norms=False),
-        eval=EvalConfig(suites={"caption_phantoms": Captions(source=ALL, max_images=8, lexicon="phantoms")}),
-    )
-    assert train(check(config)) == 0
-    results = json.loads((tmp_path / "run" / "eval.json").read_text())
-    assert results["caption_phantoms/num_images"] == 8 and "caption_phantoms/cider_d" in results
-    examples = read_examples(RunFolder(tmp_path / "run"), ("caption_phantoms",))
-    assert len(examples["caption_phantoms"]) == 8
-    suite = suite_for(config, max_images=5, beams=2)
-    assert (suite.max_images, suite.beams, suite.lexicon) == (5, 2, "phantoms")
+def test_captions_of_a_run_are_found_again(suite, components, tmp_path):
+    evaluation = evaluate(components, {"caption_x/short": suite}, batch_size=16)
+    run = RunFolder(tmp_path)
+    metrics = write_eval(run, evaluation)
+    assert metrics["caption_x/short/num_images"] == 24
+    assert "caption_x/short/provenance" in json.loads(run.eval.read_text())
+    assert read_examples(run, ("caption_x/short", "retrieval_x")) == evaluation.per_example
+
+
+def test_a_sweep_takes_the_suite_of_the_run(suite, components):
+    evaluation = EvalConfig(suites={"caption_x": suite, "caption_y": dataclasses.replace(suite, beams=3)})
+    config = dataclasses.replace(components.config, eval=evaluation)
+    found = suite_for(config, max_images=5, length=7)
+    assert (found.max_images, found.length, found.beams, found.source) == (5, 7, 1, ALL)
+    placed = dataclasses.replace(suite, source=Source(subfolder="held_out"))
+    data = dataclasses.replace(config.data, root="scans")
+    config = dataclasses.replace(config, data=data, eval=EvalConfig(suites={"caption_x": placed}))
+    assert suite_for(config).source.root == "scans/held_out"
+    with pytest.raises(ConfigError, match="split='test' is of a folder"):
+        suite_for(config, split="test")
 
 
 def test_captions_are_printed_beside_references(capsys):

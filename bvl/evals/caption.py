@@ -36,14 +36,14 @@ from bvl.evals.caption_scores import (
     stated_findings,
     text_scores,
 )
-from bvl.evals.writing import best_captions, decode_options
+from bvl.evals.writing import best_captions, decode_options, own_scorer
 from bvl.metrics.caption_text import num_words
 from bvl.metrics.labeller import Lexicon, label_text
 from bvl.metrics.lexicon import CHEST_LEXICON
 from bvl.runs import Components, load_components
 from bvl.tasks.caption import Caption
 from bvl.tasks.captioning import GuidanceNull, check_scorer, longest_text
-from bvl.tasks.contrastive import Contrastive, embed_texts
+from bvl.tasks.contrastive import embed_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,16 +211,12 @@ class Captions(Suite):
 
     def write(self, components: Components, prepared: Prepared, *, always_guided: bool = False) -> list[str]:
         """A caption for each of the prepared images. always_guided: see `write_captions`."""
-        if self.best_of > 1 and prepared.scorer is None:
-            raise ConfigError(
-                f"best_of={self.best_of} needs a contrastive model to choose: name one as scorer"
-            )
         names = [
             f.name for f in dataclasses.fields(DecodeOptions) if f.name not in ("num_return", "exact_stop")
         ]
         search = {name: getattr(self, name) for name in names}
         originals = None
-        if self.best_of > 1:
+        if self.best_of > 1 and prepared.scorer is not None:
             indices = [item.index for item in prepared.items]
             originals = [pixels for _, pixels in load_pixels(prepared.scorer, self.opened(), indices)]
         return best_captions(
@@ -395,11 +391,7 @@ class Captions(Suite):
         return None if self.language_model is None else load_components(self.language_model)
 
     def _scorer_of(self, components: Components) -> Components | None:
-        if self._scorer is not None:
-            return self._scorer
-        # A text tower that no loss has trained says nothing.
-        trained = any(isinstance(task, Contrastive) for task in components.config.tasks.values())
-        return components if trained and components.model.config.embeds_text else None
+        return self._scorer if self._scorer is not None else own_scorer(components)
 
     def _decoding(self, components: Components) -> dict[str, Any]:
         """The options that captions depend on, ready for JSON."""

@@ -8,7 +8,8 @@ from typing import Any
 from bvl.decode.options import DecodeOptions
 from bvl.errors import ConfigError
 from bvl.runs import Components
-from bvl.tasks.captioning import longest_text, rerank, write_captions
+from bvl.tasks.captioning import check_scorer, longest_text, rerank, write_captions
+from bvl.tasks.contrastive import Contrastive
 
 
 def decode_options(
@@ -29,6 +30,12 @@ def decode_options(
     return DecodeOptions(max_length=max_length, num_return=best_of, **search)
 
 
+def own_scorer(components: Components) -> Components | None:
+    """The run itself where a Contrastive task has trained its embeddings, which else say nothing."""
+    trained = any(isinstance(task, Contrastive) for task in components.config.tasks.values())
+    return components if trained and components.model.config.embeds_text else None
+
+
 def best_captions(
     components: Components,
     images: Sequence[Any],
@@ -42,8 +49,15 @@ def best_captions(
     """One text an image: the best by the search, or of several candidates the most like the image to the scorer.
 
     originals: the images as the scorer is to read them, where `images` were already made ready for the captioner.
-    how: further arguments of `write_captions`.
+    how: further arguments of `write_captions`. Raises ConfigError for several candidates without a scorer.
     """
+    if options.num_return > 1:
+        if scorer is None:
+            raise ConfigError(
+                f"best_of={options.num_return} needs a contrastive model to choose, which this run is not: name one as "
+                "scorer"
+            )
+        check_scorer(scorer)
     candidates = write_captions(components, images, options=options, batch_size=batch_size, **how)
     if options.num_return == 1:
         return [row[0].text for row in candidates]
