@@ -1,0 +1,224 @@
+"""Train the models of config.py, sweep the guidance scale, measure length and quality control, and write it all down.
+
+    python experiments/guided_captions/run.py --runs runs/guided_captions --data path/to/data
+
+--data is the folder that holds openstax_figures and covid_cxr; without it the sweep on real text is left out. A run
+that is complete is not trained again, one that was interrupted goes on, and a sweep that is written is kept, so the
+command may be stopped and given again. --dev looks at the development split and writes below --runs: with it the texts
+were chosen, before the test split was looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from config import DROPOUTS, NOISY, PHANTOMS, QUALITY_BINS
+
+from bvl.data.phantoms import write_phantoms
+from bvl.data.sources import Source
+from bvl.evals.base import EvalResult
+from bvl.evals.caption import Captions
+from bvl.evals.score import score_records
+from bvl.evals.sweep import Point, plot_frontier, sweep_guidance, write_frontier
+from bvl.runs import Components, load_components, write_atomic
+
+HERE = Path(__file__).resolve().parent
+GAMMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+# Which of the two texts that captioners were trained on is asked for in the sweeps; chosen on the development split.
+SECTION = "findings"
+NOISY_IMAGES = 5000
+
+
+def train(arm: str, runs: Path, *overrides: str) -> Path:
+    """The run folder of an arm, which is trained first where it is not complete."""
+    workdir = runs / arm
+    command = [
+        sys.executable,
+        "-m",
+        "bvl.cli",
+        "train",
+        f"{HERE / 'config.py'}:arm={arm}",
+        f"workdir={workdir}",
+    ]
+    start = time.perf_counter()
+    with open(runs / f"{arm}.log", "a") as log:
+        subprocess.run([*command, *overrides], check=True, stdout=log, stderr=log)
+    print(f"{arm}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return workdir
+
+
+def phantom_suite(split: str, scorer: Path, **options) -> Captions:
+    """500 held-out phantoms, judged by the separately trained scorer."""
+    return Captions(
+        source=Source(phantoms=PHANTOMS, split=split, cache=True),
+        **{"scorer": str(scorer), "lexicon": "phantoms", **options},
+    )
+
+
+def swept(out: Path, components: Components, suite: Captions, title: str) -> list[Point]:
+    """The sweep of a model, read back where it was written before."""
+    kept = out / "points.json"
+    if kept.is_file():
+        rows = json.loads(kept.read_text())
+        return [Point(row["guidance"], EvalResult(row["metrics"], row["provenance"], [])) for row in rows]
+    points = sweep_guidance(components, suite, GAMMAS)
+    write_frontier(points, out, title=title)
+    rows = [{"guidance": p.guidance, "metrics": p.metrics, "provenance": p.result.provenance} for p in points]
+    write_atomic(kept, json.dumps(rows, indent=1) + "\n")
+    return points
+
+
+def shuffled_phantoms(folder: Path) -> Path:
+    """A folder of phantoms; in its training split the captions of half of the records are exchanged with each other."""
+    if (folder / "records.jsonl").is_file():
+        return folder
+    clean = folder.with_name(folder.name + "_clean")
+    if not (clean / "records.jsonl").is_file():
+        # Other patients than the scorer's.
+        write_phantoms(clean, dataclasses.replace(PHANTOMS, seed=1), NOISY_IMAGES)
+    records = [json.loads(line) for line in (clean / "records.jsonl").read_text().splitlines()]
+    rng = np.random.default_rng(0)
+    places = rng.permutation([i for i, r in enumerate(records) if r["split"] == "train"])
+    moved = places[: len(places) // 2]
+    captions = [records[i]["caption"] for i in moved]
+    for i, caption in zip(np.roll(moved, 1), captions, strict=True):
+        records[i] = {**records[i], "caption": caption, "shuffled": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        record["image"] = f"../{clean.name}/{record['image']}"
+        record.pop("mask", None)
+    write_atomic(folder / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def scored(folder: Path, scorer: Path) -> Path:
+    """The records of `folder` with the quality that the scorer finds in each pair of image and caption."""
+    out = folder.with_name(folder.name + "_scored")
+    if not (out / "records.jsonl").is_file():
+        score_records(
+            load_components(scorer), folder, out, text_field="caption", bins=QUALITY_BINS, by="count"
+        )
+    return out
+
+
+def cell(metrics: dict, name: str, digits: int = 3) -> str:
+    """A value with its 95 % interval."""
+    if name not in metrics:
+        return ""
+    ends = metrics.get(f"{name}/ci95")
+    interval = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
+    return f"{metrics[name]:.{digits}f}{interval}"
+
+
+def table(rows: Iterable[tuple[str, dict]], columns: dict[str, str]) -> str:
+    """A markdown table: name of the row, then a metric for each column."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, metrics in rows:
+        lines.append(f"| {name} | " + " | ".join(cell(metrics, column) for column in columns.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def judged(kept: Path, components: Components, suite: Captions) -> dict:
+    """The metrics of one suite, read back where they were written before."""
+    if not kept.is_file():
+        metrics = suite.run(components, batch_size=256).metrics
+        write_atomic(kept, json.dumps(metrics, indent=1) + "\n")
+    return json.loads(kept.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/guided_captions"), help="where the run folders go"
+    )
+    parser.add_argument("--data", type=Path, help="the folder of openstax_figures and covid_cxr")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument(
+        "--dev", action="store_true", help="look at the development split, write below --runs"
+    )
+    args = parser.parse_args()
+    runs, split = args.runs, "val" if args.dev else "test"
+    results = runs / "dev" if args.dev else HERE
+    runs.mkdir(parents=True, exist_ok=True)
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        real = [f"data.root={args.data}"]
+        # The scorer first: what is trained on scored captions waits for it.
+        waiting = {arm: pool.submit(train, arm, runs) for arm in ("scorer", *DROPOUTS)}
+        if args.data is not None:
+            waiting |= {arm: pool.submit(train, arm, runs, *real) for arm in ("real_scorer", "real")}
+        scorer = waiting["scorer"].result()
+        folder = scored(shuffled_phantoms(runs / "shuffled"), scorer)
+        waiting |= {arm: pool.submit(train, arm, runs, f"data.root={folder}") for arm in NOISY}
+        trained = {arm: future.result() for arm, future in waiting.items()}
+
+    suite = phantom_suite(split, scorer, section=SECTION)
+    curves = {}
+    for arm, dropout in DROPOUTS.items():
+        title = f"Phantoms, image_dropout {dropout:g}"
+        curves[f"image_dropout {dropout:g}"] = swept(
+            results / arm, load_components(trained[arm]), suite, title
+        )
+    plot_frontier(curves, results / "frontier.png", title="Guided captions of phantoms")
+
+    asked = tuple(range(4, 21))
+    lengths = judged(
+        results / "lengths.json",
+        load_components(trained["dropout_0.2"]),
+        phantom_suite(split, scorer, section="captions", length=asked),
+    )
+    columns = {"within 1 word": "length_within_1", "error, words": "length_error", "words": "mean_length"}
+    write_atomic(results / "lengths.md", table([("lengths 4 to 20 in turn", lengths)], columns))
+
+    rows = []
+    for arm, quality in (("noisy_plain", None), ("noisy_quality", 0), ("noisy_quality", QUALITY_BINS - 1)):
+        name = "plain" if quality is None else f"quality {quality}"
+        suite = phantom_suite(split, scorer, text="caption", quality=quality)
+        rows.append(
+            (name, judged(results / f"{name.replace(' ', '_')}.json", load_components(trained[arm]), suite))
+        )
+    columns = {
+        "finding F1": "finding_f1",
+        "precision": "finding_precision",
+        "recall": "finding_recall",
+        "invented": "invented_rate",
+        "CIDEr-D": "cider_d",
+        "R@1": "self_retrieval_r1",
+    }
+    write_atomic(results / "quality.md", table(rows, columns))
+
+    if args.data is not None:
+        figures = Captions(
+            source=Source(root=str(args.data / "openstax_figures"), split="val"),
+            text="alt_text",
+            section="alt_text",
+            scorer=str(trained["real_scorer"]),
+        )
+        swept(
+            results / "figures",
+            load_components(trained["real"]),
+            figures,
+            "Textbook figures, alternative text",
+        )
+        chest = Captions(
+            source=Source(root=str(args.data / "covid_cxr"), split="val"),
+            section="caption",
+            lexicon="chest",
+            scorer=str(trained["real_scorer"]),
+        )
+        swept(results / "chest", load_components(trained["real"]), chest, "Chest radiographs, notes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Captions by a whole model: against full recomputation without a cache, and what guidance and prefixes do to them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import PHANTOMS, tiny_components
+
+from bvl.data.phantoms import PhantomSource
+from bvl.decode.options import DecodeOptions
+from bvl.errors import UserError
+from bvl.models.vlm import normalize_image
+from bvl.tasks.captioning import generate, write_captions
+
+GREEDY = DecodeOptions(max_length=6)
+
+
+@pytest.fixture(scope="module")
+def components():
+    made = tiny_components(captions=True)
+    # Random weights hardly look at the image; these do.
+    cross = made.params["model"]["decoder"]["block_0"]["cross"]
+    for name in ("key", "value", "out"):
+        cross[name]["kernel"] = 8.0 * cross[name]["kernel"]
+    return made
+
+
+@pytest.fixture(scope="module")
+def images():
+    source = PhantomSource(PHANTOMS)
+    return [source[i]["image"] for i in range(3)]
+
+
+def captions(components, images, *, options=GREEDY, **changes):
+    rows = write_captions(components, images, options=options, batch_size=4, **changes)
+    return [row[0].tokens for row in rows]
+
+
+def recomputed(components, image, prefix, *, scale=None, null_prefix=None):
+    """Greedy, with the whole sequence read again for every token, and in numpy what guidance does."""
+    model, tokenizer, pre = components.model, components.tokenizer, components.preprocess
+    apply = functools.partial(model.apply, {"params": components.params["model"]})
+    pixels = normalize_image(jnp.asarray(components.pixels(image))[None], pre.mean, pre.std, jnp.float32)
+    tokens = apply(pixels, frozenset({"tokens"}), method="encode_image").tokens
+    table = np.asarray(apply(method="vocabulary"))
+    banned = [i for i in (*tokenizer.special_ids, tokenizer.mask_id) if i != tokenizer.end_id]
+
+    def log_probs(dropped, prefix, words):
+        visual = apply(tokens, jnp.asarray([dropped]), method="visual_tokens")
+        row = np.concatenate([prefix[0], np.asarray(words, np.int32)])
+        mask = np.concatenate([prefix[1], np.ones(len(words), bool)])
+        hidden = apply(*visual, jnp.asarray(row)[None], jnp.asarray(mask)[None], method="decode_train")
+        logits = np.asarray(hidden)[0, -1] @ table.T
+        return logits - np.log(np.exp(logits).sum())
+
+    words = []
+    while len(words) < GREEDY.max_length and (not words or words[-1] != tokenizer.end_id):
+        value = log_probs(False, prefix, words)
+        if scale is not None:
+            value = (1 - scale) * log_probs(True, null_prefix or prefix, words) + scale * value
+        value[banned] = -np.inf
+        words.append(int(value.argmax()))
+    return tuple(words)
+
+
+def prefix_of(components, **controls):
+    return components.config.data.controls.prefix(components.tokenizer, **controls)
+
+
+@pytest.mark.parametrize("controls", [{}, {"length": 5, "section": "caption", "prompt": "frontal"}])
+def test_greedy_captions_equal_full_recomputation(components, images, controls):
+    written = captions(components, images, controls=controls)
+    prefix = prefix_of(components, **controls)
+    assert written == [recomputed(components, image, prefix) for image in images]
+    assert len(set(written)) > 1, "the images make a difference"
+
+
+@pytest.mark.parametrize("null", ["image", "both"])
+def test_guided_captions_equal_full_recomputation(components, images, null):
+    controls = {"length": 5, "quality": 2}
+    written = captions(components, images, controls=controls, guidance=2.5, guidance_null=null)
+    prefix, plain = prefix_of(components, **controls), prefix_of(components)
+    null_prefix = prefix if null == "image" else plain
+    expected = [recomputed(components, i, prefix, scale=2.5, null_prefix=null_prefix) for i in images]
+    assert written == expected
+    assert written != captions(components, images, controls=controls)
+
+
+def test_scale_one_is_plain_and_scale_zero_does_not_see_the_image(components, images):
+    plain = captions(components, images)
+    assert captions(components, images, guidance=1.0, always_guided=True) == plain
+    assert len(set(captions(components, images, guidance=0.0))) == 1
+    mixed = captions(components, images, guidance=[1.0, 0.0, 1.0])
+    assert mixed[0] == plain[0] and mixed[2] == plain[2]
+    assert mixed[1] == captions(components, images, guidance=0.0)[1]
+
+
+def test_null_without_controls_keeps_the_image(components, images):
+    """At scale 0 the null rows alone are heard: the image, without what was asked."""
+    asked = {"length": 5, "quality": 2}
+    null = captions(components, images, controls=asked, guidance=0.0, guidance_null="controls")
+    assert null == captions(components, images)
+
+
+def test_a_sweep_compiles_once(components, images):
+    options = DecodeOptions(max_length=4)
+    before = generate._cache_size()
+    for scale in (0.0, 0.5, 1.0, [1.0, 2.0, 3.0]):
+        captions(components, images, options=options, guidance=scale, always_guided=True)
+    assert generate._cache_size() == before + 1
+
+
+def test_rows_that_fill_a_batch_change_nothing(components, images):
+    options = DecodeOptions(max_length=6, temperature=1.0)
+    together = captions(components, images, options=options, seed=3)
+    for size in (1, 2):
+        rows = write_captions(components, images, options=options, batch_size=size, seed=3)
+        assert [row[0].tokens for row in rows] == together
+    assert together != captions(components, images, options=options, seed=4)
+
+
+def test_a_language_model_as_the_null(components, images):
+    """The captioner itself, without image and controls, is the null that guidance_null="both" has."""
+    how = dict(controls={"length": 5}, guidance=2.5)
+    expected = captions(components, images, guidance_null="both", **how)
+    assert captions(components, images, language_model=components, **how) == expected
+    other = tiny_components(captions=True)
+    other.params["model"] = jax.tree.map(lambda x: -x, other.params["model"])
+    assert captions(components, images, language_model=other, **how) != expected
+
+
+def test_captions_begin_as_told(components, images):
+    tokenizer = components.tokenizer
+    begin = ["no nodule", "", "a"]
+    written = captions(components, images, begin=begin)
+    for text, tokens in zip(begin, written, strict=True):
+        ids = tokenizer.ids(text)
+        assert list(tokens[: len(ids)]) == ids
+    with pytest.raises(UserError, match="begin"):
+        captions(components, images, begin="no nodule is seen in the left lung of this patient")
+
+
+def test_log_probabilities_are_those_of_the_texts(components, images):
+    """Without what may not be written the probabilities are shared among the others."""
+    row = write_captions(
+        components, images, options=DecodeOptions(max_length=6, beams=3, num_return=3), batch_size=4
+    )
+    for candidates in row:
+        scores = [c.score for c in candidates]
+        assert scores == sorted(scores, reverse=True)
+        assert len({c.tokens for c in candidates}) == 3
+        for c in candidates:
+            assert c.score == pytest.approx(c.log_prob / len(c.tokens), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(options=DecodeOptions(max_length=16)), "up to 15"),
+        (dict(guidance_null="nothing"), "guidance_null"),
+        (dict(controls={"tone": 1}), "unknown control tone"),
+        (dict(controls={"length": [1, 2]}), "2 values for 3"),
+        (dict(controls={"quality": 3}), "0 .worst. to 2"),
+        (dict(guidance=float("nan")), "finite"),
+    ],
+)
+def test_values_that_cannot_be_used_are_named(components, images, changes, words):
+    with pytest.raises(UserError, match=words):
+        captions(components, images, **changes)
