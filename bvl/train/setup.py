@@ -270,8 +270,9 @@ def _at_image_size(start_from: Components, config: Config) -> Any:
 
 
 def _with_own_parts(given: Any, fresh: Any) -> Any:
-    """The given parameters without a text tower that this model has not, and with a decoder that only this one has."""
-    kept = {name: value for name, value in given.items() if name != "text" or "text" in fresh}
+    """The given parameters without a text tower or decoder that this model has not; with a decoder that only it has."""
+    optional = {"text", "decoder"}
+    kept = {name: value for name, value in given.items() if name in fresh or name not in optional}
     if "decoder" in fresh and "decoder" not in given:
         logger.info("the decoder starts from fresh parameters")
         kept["decoder"] = fresh["decoder"]

@@ -3,7 +3,8 @@
     bvl train experiments/guided_captions/config.py:arm=dropout_0.2 workdir=runs/guided_captions/dropout_0.2
     bvl train experiments/guided_captions/config.py:arm=real data.root=path/to/data workdir=runs/guided_captions/real
 
-Arms "scorer" and "real_scorer" are the contrastive models that judge; "noisy_plain" and "noisy_quality" read a folder
+Arms "scorer" and "real_scorer" are the contrastive models that judge; "scorer" goes on from "towers" (init_from), with
+larger batches and contrast alone; "noisy_plain" and "noisy_quality" read a folder
 of records (data.root) in which half of the captions were shuffled; all others write captions of phantoms.
 """
 
@@ -35,20 +36,22 @@ QUALITY_BINS = 4
 # arm: share of images that are dropped in training.
 DROPOUTS = {"dropout_0": 0.0, "dropout_0.2": 0.2, "dropout_0.5": 0.5}
 NOISY = {"noisy_plain": Controls(), "noisy_quality": Controls(quality=QUALITY_BINS)}
-ARMS = ("scorer", *DROPOUTS, *NOISY, "real_scorer", "real")
+STEPS = {"scorer": 400, "noisy_plain": 700, "noisy_quality": 700, "real_scorer": 300, "real": 300}
+ARMS = ("towers", "scorer", *DROPOUTS, *NOISY, "real_scorer", "real")
 
 
 def get_config(arg: str | None = None) -> Config:
     knobs = parse_arg(arg, arm="dropout_0.2", seed=1)
     if knobs.arm not in ARMS:
         raise ConfigError(f"arm={knobs.arm!r}: choose one of {', '.join(ARMS)}")
-    real, judges = knobs.arm.startswith("real"), knobs.arm.endswith("scorer")
+    real = knobs.arm.startswith("real")
+    judges = knobs.arm in ("towers", "scorer", "real_scorer")
     captioner = DecoderConfig(width=192 if real else 128, depth=2, num_heads=4)
     # Findings by name and captions teach a small tower on few images far faster than contrast alone.
     tasks = {} if real else {"classify": Classify(multi_label=True)}
     if judges:
         tasks |= {"contrastive": Contrastive()}
-    if not (real and judges):
+    if knobs.arm not in ("scorer", "real_scorer"):
         tasks |= {"caption": Caption(image_dropout=0.0 if judges else DROPOUTS.get(knobs.arm, 0.2))}
     if real:
         sources, controls = REAL, Controls(sections=() if judges else ("caption", "alt_text"))
@@ -59,8 +62,8 @@ def get_config(arg: str | None = None) -> Config:
         controls = Controls() if judges else Controls(sections=tuple(TEXTS), lengths=40)
     return Config(
         seed=0 if judges else knobs.seed,
-        steps=300 if real else 700 if knobs.arm in NOISY else 1100,
-        batch_size=64,
+        steps=STEPS.get(knobs.arm, 1100),
+        batch_size=192 if knobs.arm == "scorer" else 64,
         model=DualEncoderConfig(
             image=ViTConfig("XS/16" if real else "XS/8", stem="conv", depth=1, pool="mean"),
             text=TextConfig(width=96, depth=1, num_heads=3, causal=False, pool="mean") if judges else None,

@@ -34,7 +34,7 @@ from bvl.runs import Components, load_components, write_atomic
 HERE = Path(__file__).resolve().parent
 GAMMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 # Which of the two texts that captioners were trained on is asked for in the sweeps; chosen on the development split.
-SECTION = "findings"
+SECTION = "captions"
 NOISY_IMAGES = 5000
 
 
@@ -57,10 +57,10 @@ def train(arm: str, runs: Path, *overrides: str) -> Path:
 
 
 def phantom_suite(split: str, scorer: Path, **options) -> Captions:
-    """500 held-out phantoms, judged by the separately trained scorer."""
+    """All held-out phantoms, judged by the separately trained scorer in pools of 500."""
+    source = Source(phantoms=PHANTOMS, split=split, cache=True)
     return Captions(
-        source=Source(phantoms=PHANTOMS, split=split, cache=True),
-        **{"scorer": str(scorer), "lexicon": "phantoms", **options},
+        source=source, scorer=str(scorer), lexicon="phantoms", max_images=None, text="captions", **options
     )
 
 
@@ -155,9 +155,11 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         real = [f"data.root={args.data}"]
         # The scorer first: what is trained on scored captions waits for it.
-        waiting = {arm: pool.submit(train, arm, runs) for arm in ("scorer", *DROPOUTS)}
+        towers = pool.submit(train, "towers", runs)
+        waiting = {arm: pool.submit(train, arm, runs) for arm in DROPOUTS}
         if args.data is not None:
             waiting |= {arm: pool.submit(train, arm, runs, *real) for arm in ("real_scorer", "real")}
+        waiting["scorer"] = pool.submit(train, "scorer", runs, f"init_from={towers.result()}")
         scorer = waiting["scorer"].result()
         folder = scored(shuffled_phantoms(runs / "shuffled"), scorer)
         waiting |= {arm: pool.submit(train, arm, runs, f"data.root={folder}") for arm in NOISY}
@@ -184,7 +186,7 @@ def main() -> None:
     rows = []
     for arm, quality in (("noisy_plain", None), ("noisy_quality", 0), ("noisy_quality", QUALITY_BINS - 1)):
         name = "plain" if quality is None else f"quality {quality}"
-        suite = phantom_suite(split, scorer, text="caption", quality=quality)
+        suite = phantom_suite(split, scorer, quality=quality)
         rows.append(
             (name, judged(results / f"{name.replace(' ', '_')}.json", load_components(trained[arm]), suite))
         )
