@@ -413,7 +413,7 @@ def _caption(args: argparse.Namespace) -> int:
 
 def _sweep_guidance(args: argparse.Namespace) -> int:
     from bvl.evals.sweep import parse_gammas, suite_for, sweep_guidance, write_frontier
-    from bvl.runs import load_components
+    from bvl.runs import RunFolder, load_components
     from bvl.train.environment import enable_compilation_cache
 
     enable_compilation_cache()
@@ -422,7 +422,9 @@ def _sweep_guidance(args: argparse.Namespace) -> int:
     suite = suite_for(components.config, data=args.data, split=args.split, **_caption_suite_given(args))
     suite.check_records()
     points = sweep_guidance(components, suite, gammas, batch_size=args.batch_size)
-    written = write_frontier(points, Path(args.out), title=f"{args.run_folder}: guidance")
+    written = write_frontier(
+        points, Path(args.out), title=f"Guidance of {RunFolder(args.run_folder).path.name}"
+    )
     print((Path(args.out) / "frontier.md").read_text(encoding="utf-8"), end="")
     print(f"written: {', '.join(map(str, written))}")
     return 0

@@ -192,6 +192,7 @@ def test_a_sweep_compiles_once_and_is_written(suite, components, tmp_path):
         assert (float(row["clipscore_low"]), float(row["clipscore_high"])) == (low, high)
     table = (tmp_path / "frontier.md").read_text().splitlines()
     assert table[0] == "# a run" and [row.split("|")[1].strip() for row in table[6:9]] == ["0", "1", "3"]
+    assert f"Scorer: the run itself (weights {components.weights_hash()})" in table[2]
     with Image.open(tmp_path / "frontier.png") as picture:
         assert picture.width > 800 and len(picture.convert("L").getcolors()) > 50
     written = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]

@@ -154,10 +154,11 @@ def frontier_markdown(points: Sequence[Point], *, title: str = "") -> str:
     columns = {head: name for head, name in TABLE.items() if any(name in p.metrics for p in points)}
     first = points[0]
     about = f"{first.metrics['num_images']} images, {first.metrics['num_references']} references"
-    interval = first.result.provenance["interval"]
+    interval, scorer = (first.result.provenance[name] for name in ("interval", "scorer"))
+    judge = f" Scorer: {scorer['run']} (weights {scorer['weights_hash']})." if scorer else ""
     lines = [f"# {title}", ""] if title else []
     lines += [
-        f"{about}; 95 % intervals by {interval['unit']} in brackets.",
+        f"{about}; 95 % intervals by {interval['unit']} in brackets.{judge}",
         "",
         "| g | " + " | ".join(columns) + " |",
         "|---:" * (len(columns) + 1) + "|",
