@@ -53,6 +53,16 @@ def test_encode_and_decode(tokenizer):
     assert tokenizer.decode(tokens).replace(" .", ".") == TEXTS[0].lower()
 
 
+def test_words_with_hyphens_and_numbers_stay_whole():
+    """The length of a caption is counted in words: "x-ray" is one."""
+    text = "chest x-ray with a mixed-echo mass (see arrow), 2.5 cm; 30% of the patient's lung and/or liver."
+    made = Tokenizer.train([text], TokenizerConfig(vocab_size=300))
+    assert made.decode(made.encode(text)[0]) == text
+    two = "no cyst. there is a stone."
+    made = Tokenizer.train([two], TokenizerConfig(vocab_size=300))
+    assert made.decode(made.encode(two)[0]) == two
+
+
 def test_bpe_decodes_what_it_never_saw():
     bpe = Tokenizer.train(TEXTS, TokenizerConfig(kind="bpe", vocab_size=300, lowercase=False))
     text = "Ödem, 3 µm — 肺 CT: T1w/T2w"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import itertools
 import json
 from collections.abc import Iterable, Sequence
@@ -188,7 +189,8 @@ class Tokenizer:
                 break
             if i not in (self.pad_id, self.start_id) and i not in self.control_ids:
                 out.append(int(i))
-        return self._model.decode(out, skip_special_tokens=False).strip()
+        text = self._model.decode(out, skip_special_tokens=False).strip()
+        return _rejoined(text) if isinstance(self._model.model, tokenizers.models.WordPiece) else text
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of `texts` are longer than the context."""
@@ -207,6 +209,13 @@ class Tokenizer:
     def hash(self) -> str:
         """Hash of vocabulary and rules; two tokenizers with the same hash give the same ids."""
         return hashlib.sha256(self._model.to_str().encode()).hexdigest()[:12]
+
+
+def _rejoined(text: str) -> str:
+    """The text with the spaces taken out that WordPiece's splitting at punctuation left: "x - ray", "2. 5", "( ct )"."""
+    text = re.sub(r"(?<=\w) ([-/]) (?=\w)| (') (?=s\b)", r"\1\2", text)
+    text = re.sub(r"(?<=\d) ?\. (?=\d)", ".", text)
+    return re.sub(r"(?<=[(\[]) | (?=[)\]%;:])", "", text)
 
 
 def _reading_plain_text(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

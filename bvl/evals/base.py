@@ -97,6 +97,9 @@ class Suite:
                 f"evaluation: eval.suites={{}} checkpoint.best=null"
             ) from error
 
+    def check_config(self, config: Config) -> None:
+        """Raise ConfigError for a run whose model cannot do what the suite asks for."""
+
     def check_records(self) -> None:
         """Raise DataError for records that `run` cannot use."""
         raise NotImplementedError

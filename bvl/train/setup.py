@@ -167,6 +167,7 @@ def check_suites(config: Config, suites: dict[str, Any]) -> None:
             raise ConfigError(
                 f"eval.suites.{name} reads the task {task!r}; tasks are {', '.join(config.tasks)}"
             )
+        suite.check_config(config)
         suite.check()
 
 

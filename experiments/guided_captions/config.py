@@ -4,7 +4,7 @@
     bvl train experiments/guided_captions/config.py:arm=real data.root=path/to/data workdir=runs/guided_captions/real
 
 Arms "scorer" and "real_scorer" are the contrastive models that judge; "scorer" goes on from "towers" (init_from), with
-larger batches and contrast alone; "noisy_plain" and "noisy_quality" read a folder
+larger batches and contrast alone, "lengths" from "dropout_0.2" with captions alone; "noisy_plain" and "noisy_quality" read a folder
 of records (data.root) in which half of the captions were shuffled; all others write captions of phantoms.
 """
 
@@ -36,8 +36,10 @@ QUALITY_BINS = 4
 # arm: share of images that are dropped in training.
 DROPOUTS = {"dropout_0": 0.0, "dropout_0.2": 0.2, "dropout_0.5": 0.5}
 NOISY = {"noisy_plain": Controls(), "noisy_quality": Controls(quality=QUALITY_BINS)}
-STEPS = {"scorer": 400, "noisy_plain": 700, "noisy_quality": 700, "real_scorer": 300, "real": 300}
-ARMS = ("towers", "scorer", *DROPOUTS, *NOISY, "real_scorer", "real")
+STEPS = {
+    "scorer": 400, "lengths": 500, "noisy_plain": 500, "noisy_quality": 500, "real_scorer": 300, "real": 300
+}  # fmt: skip
+ARMS = ("towers", "scorer", *DROPOUTS, "lengths", *NOISY, "real_scorer", "real")
 
 
 def get_config(arg: str | None = None) -> Config:
@@ -48,7 +50,7 @@ def get_config(arg: str | None = None) -> Config:
     judges = knobs.arm in ("towers", "scorer", "real_scorer")
     captioner = DecoderConfig(width=192 if real else 128, depth=2, num_heads=4)
     # Findings by name and captions teach a small tower on few images far faster than contrast alone.
-    tasks = {} if real else {"classify": Classify(multi_label=True)}
+    tasks = {} if real or knobs.arm == "lengths" else {"classify": Classify(multi_label=True)}
     if judges:
         tasks |= {"contrastive": Contrastive()}
     if knobs.arm not in ("scorer", "real_scorer"):
@@ -58,7 +60,8 @@ def get_config(arg: str | None = None) -> Config:
     elif knobs.arm in NOISY:
         sources, controls = (Source(text="caption", cache=True),), NOISY[knobs.arm]
     else:
-        sources = (Source(phantoms=PHANTOMS, text=TEXTS, cache=True),)
+        texts = {**TEXTS, "findings": 0.02} if knobs.arm == "lengths" else TEXTS
+        sources = (Source(phantoms=PHANTOMS, text=texts, cache=True),)
         controls = Controls() if judges else Controls(sections=tuple(TEXTS), lengths=40)
     return Config(
         seed=0 if judges else knobs.seed,

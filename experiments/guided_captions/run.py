@@ -160,6 +160,8 @@ def main() -> None:
         if args.data is not None:
             waiting |= {arm: pool.submit(train, arm, runs, *real) for arm in ("real_scorer", "real")}
         waiting["scorer"] = pool.submit(train, "scorer", runs, f"init_from={towers.result()}")
+        start = f"init_from={waiting['dropout_0.2'].result()}"
+        waiting["lengths"] = pool.submit(train, "lengths", runs, start)
         scorer = waiting["scorer"].result()
         folder = scored(shuffled_phantoms(runs / "shuffled"), scorer)
         waiting |= {arm: pool.submit(train, arm, runs, f"data.root={folder}") for arm in NOISY}
@@ -177,7 +179,7 @@ def main() -> None:
     asked = tuple(range(4, 21))
     lengths = judged(
         results / "lengths.json",
-        load_components(trained["dropout_0.2"]),
+        load_components(trained["lengths"]),
         phantom_suite(split, scorer, section="captions", length=asked),
     )
     columns = {"within 1 word": "length_within_1", "error, words": "length_error", "words": "mean_length"}
