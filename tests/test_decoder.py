@@ -197,3 +197,23 @@ def test_more_tokens_than_positions_are_refused():
     tokens = jnp.zeros((2, PREFIX + NEW + 2), jnp.int32)
     with pytest.raises(ConfigError, match="made for 10"):
         decoder.apply({"params": params}, visual, visual_mask, tokens, tokens == 0)
+
+
+def test_rematerialised_blocks_have_the_same_gradient():
+    """Tolerance 1e-5: XLA may fuse the recomputed forward pass differently."""
+    decoder, params, visual, visual_mask, tokens, mask = made("gpt2")
+
+    def gradient(config):
+        other = Decoder(config, VOCAB, PREFIX + NEW + 1)
+        return jax.grad(
+            lambda p: jnp.square(other.apply({"params": p}, visual, visual_mask, tokens, mask)).sum()
+        )(params)
+
+    plain = gradient(BASE)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(gradient(dataclasses.replace(BASE, remat="full"))),
+        jax.tree.leaves(plain),
+        strict=True,
+    ):
+        scale = np.abs(b).max() or 1.0
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() / scale < 1e-5, jax.tree_util.keystr(path)
