@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -116,7 +115,8 @@ class DecoderContext:
     first_position: Int[Array, " c"]
 
 
-# Of each block, keys and values of the generated tokens: [c, k, heads, max_new, channels].
+# Of each block, keys [c, k, heads, channels, max_new] and values [c, k, heads, max_new, channels] of the generated
+# tokens.
 DecoderCache = tuple[KeysValues, ...]
 
 
@@ -250,10 +250,14 @@ class Decoder(nn.Module):
             first_position=start + prefix_mask.sum(axis=1),
         )
 
-        def empty(x: jax.Array) -> jax.Array:
-            return jnp.zeros((len(x), 1, x.shape[1], max_new, x.shape[3]), x.dtype)
+        def empty(x: KeysValues) -> KeysValues:
+            rows, heads, channels, _ = x.keys.shape
+            return KeysValues(
+                keys=jnp.zeros((rows, 1, heads, channels, max_new), x.keys.dtype),
+                values=jnp.zeros((rows, 1, heads, max_new, channels), x.values.dtype),
+            )
 
-        cache = tuple(jax.tree.map(empty, layer) for layer in own)
+        cache = tuple(empty(layer) for layer in own)
         return self._logits(hidden[:, -1]), context, cache
 
     def step(

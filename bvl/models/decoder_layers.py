@@ -25,9 +25,9 @@ Norm = Literal["layer", "rms"]
 
 @flax.struct.dataclass
 class KeysValues:
-    """Keys and values of one attention, heads before positions: [..., heads, length, channels]."""
+    """Keys and values of one attention, each as its product reads it; otherwise XLA copies them for every token."""
 
-    keys: Float[Array, "*rows h s c"]
+    keys: Float[Array, "*rows h c s"]
     values: Float[Array, "*rows h s c"]
 
 
@@ -114,8 +114,8 @@ class SelfAttention(nn.Module):
         """(output, the keys and values)."""
         q, k, v = self._heads(x, positions)
         mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-        heads_first = KeysValues(*(rearrange(y, "c l h d -> c h l d") for y in (k, v)))
-        return self.out(rearrange(mixed, "c l h d -> c l (h d)")), heads_first
+        own = KeysValues(rearrange(k, "c l h d -> c h d l"), rearrange(v, "c l h d -> c h l d"))
+        return self.out(rearrange(mixed, "c l h d -> c l (h d)")), own
 
     def step(
         self,
@@ -129,24 +129,30 @@ class SelfAttention(nn.Module):
         """Of the t-th generated token of k continuations; (output, `generated` with its keys and values)."""
         q, k, v = (y[:, :, 0] for y in self._heads(x[:, :, None], positions[:, :, None]))
         generated = KeysValues(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(old, new[:, :, :, None].astype(old.dtype), t, axis=3)
-                for old, new in ((generated.keys, k), (generated.values, v))
-            )
+            _write(generated.keys, k[..., None], t, axis=4),
+            _write(generated.values, v[..., None, :], t, axis=3),
         )
+        k_beams, length = x.shape[1], prefix_mask.shape[1]
         q = rearrange(q, "c k (h g) d -> c k h g d", h=self.num_kv_heads) * q.shape[-1] ** -0.5
-        seen = jnp.arange(generated.keys.shape[3]) <= t
+        # The continuations of a row ask for the same keys: one product for all of them.
+        together = _einsum("chnd,chds->chns", rearrange(q, "c k h g d -> c h (k g) d"), prefix.keys)
+        seen = jnp.arange(generated.keys.shape[4]) <= t
         scores = jnp.concatenate(
             [
-                _masked(_einsum("ckhgd,chsd->ckhgs", q, prefix.keys), prefix_mask[:, None, None, None]),
-                _masked(_einsum("ckhgd,ckhsd->ckhgs", q, generated.keys), seen),
+                _masked(
+                    rearrange(together, "c h (k g) s -> c k h g s", k=k_beams),
+                    prefix_mask[:, None, None, None],
+                ),
+                _masked(_einsum("ckhgd,ckhds->ckhgs", q, generated.keys), seen),
             ],
             axis=-1,
         )
         share = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        shared, own = share[..., : prefix_mask.shape[1]], share[..., prefix_mask.shape[1] :]
-        mixed = _einsum("ckhgs,chsd->ckhgd", shared, prefix.values) + _einsum(
-            "ckhgs,ckhsd->ckhgd", own, generated.values
+        together = _einsum(
+            "chns,chsd->chnd", rearrange(share[..., :length], "c k h g s -> c h (k g) s"), prefix.values
+        )
+        mixed = rearrange(together, "c h (k g) d -> c k h g d", k=k_beams) + _einsum(
+            "ckhgs,ckhsd->ckhgd", share[..., length:], generated.values
         )
         return self.out(rearrange(mixed.astype(self.dtype), "c k h g d -> c k (h g d)")), generated
 
@@ -166,19 +172,20 @@ class CrossAttention(nn.Module):
         self.out = dense("heads", "embed")
 
     def keys_values(self, visual: Float[Array, "c s d"]) -> KeysValues:
-        split = "c s (h d) -> c h s d"
-        keys, values = (rearrange(f(visual), split, h=self.num_heads) for f in (self.key, self.value))
-        return KeysValues(keys, values)
+        return KeysValues(
+            rearrange(self.key(visual), "c s (h d) -> c h d s", h=self.num_heads),
+            rearrange(self.value(visual), "c s (h d) -> c h s d", h=self.num_heads),
+        )
 
     def __call__(
         self, x: Float[Array, "c l d"], visual: KeysValues, visual_mask: Bool[Array, "c s"]
     ) -> Float[Array, "c l d"]:
         """The l queries of a row are tokens of one text or one token each of several continuations."""
-        q = rearrange(self.query(x), "c l (h d) -> c l h d", h=self.num_heads)
-        scores = _einsum("clhd,chsd->chls", q * q.shape[-1] ** -0.5, visual.keys)
+        q = rearrange(self.query(x), "c l (h d) -> c h l d", h=self.num_heads)
+        scores = _einsum("chld,chds->chls", q * q.shape[-1] ** -0.5, visual.keys)
         share = jax.nn.softmax(_masked(scores, visual_mask[:, None, None]), axis=-1).astype(x.dtype)
-        mixed = _einsum("chls,chsd->clhd", share, visual.values)
-        return self.out(rearrange(mixed.astype(self.dtype), "c l h d -> c l (h d)"))
+        mixed = _einsum("chls,chsd->chld", share, visual.values)
+        return self.out(rearrange(mixed.astype(self.dtype), "c h l d -> c l (h d)"))
 
 
 class GatedMlp(nn.Module):
@@ -274,6 +281,10 @@ class DecoderBlock(nn.Module):
         if self.cross_attention:
             x = x + dropout(self.cross(self.cross_norm(x), visual, visual_mask), self.dropout, fold(keys, 1))
         return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, fold(keys, 2))
+
+
+def _write(old: jax.Array, new: jax.Array, t: Int[Array, ""], *, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), t, axis=axis)
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
