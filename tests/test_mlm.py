@@ -122,6 +122,8 @@ def test_loss_against_loops():
 def test_what_it_cannot_work_with():
     with pytest.raises(ConfigError, match="model.text.causal=False"):
         MaskedLanguageModel().check(DualEncoderConfig(text=TextConfig()))
+    with pytest.raises(ConfigError, match="set model.text, which is None"):
+        MaskedLanguageModel().check(SimpleNamespace(text=None))
     MaskedLanguageModel().check(DualEncoderConfig(text=BertConfig("tiny")))
     MaskedLanguageModel().check(DualEncoderConfig(text=TextConfig(causal=False)))
     without = ModelInfo(8, 8, 8, (), vocab_size=VOCAB, special_ids=(0, 1, 2))

@@ -36,6 +36,8 @@ class MaskedLanguageModel(Task):
             raise ConfigError(f"mask_fraction={self.mask_fraction}: must lie between 0 and 1")
 
     def check(self, model_config: Any) -> None:
+        if model_config.text is None:
+            raise ConfigError("masked language modelling needs a text tower: set model.text, which is None")
         if model_config.text.causal:
             raise ConfigError(
                 "masked language modelling needs a text tower that reads in both directions: set "
