@@ -156,3 +156,5 @@ def test_a_scorer_must_be_contrastive(model, images):
     alone = Model(tiny_components(captions=True, contrastive=False))
     with pytest.raises(ConfigError, match="best_of=2 needs a contrastive model"):
         alone.caption(images, best_of=2, beams=2)
+    with pytest.raises(UserError, match="tasks of this run are caption: name one"):
+        model.caption(images, best_of=2, beams=2, scorer=alone)

@@ -1,5 +1,7 @@
 """Captions by a whole model: against full recomputation without a cache, and what guidance and prefixes do to them."""
 
+import copy
+import dataclasses
 import functools
 
 import jax
@@ -129,6 +131,15 @@ def test_a_language_model_as_the_null(components, images):
     other = tiny_components(captions=True)
     other.params["model"] = jax.tree.map(lambda x: -x, other.params["model"])
     assert captions(components, images, language_model=other, **how) != expected
+
+
+def test_a_language_model_of_shorter_texts_is_refused(components, images):
+    """Its positions would end before the captions do."""
+    tokenizer = copy.copy(components.tokenizer)
+    tokenizer.context_length = 6
+    other = dataclasses.replace(components, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="language model was trained on texts of up to 5 tokens"):
+        captions(components, images, guidance=2.0, language_model=other)
 
 
 def test_captions_begin_as_told(components, images):

@@ -17,10 +17,11 @@ from bvl.decode.guidance import check_guidance, guided_merge, join_steps
 from bvl.decode.options import DecodeOptions
 from bvl.decode.search import Decoded, search
 from bvl.errors import ConfigError, UserError
+from bvl.mesh import replicated
 from bvl.models.vlm import DualEncoder
 from bvl.runs import Components
 from bvl.tasks.caption import Caption
-from bvl.tasks.contrastive import embed_images, embed_texts
+from bvl.tasks.contrastive import Contrastive, embed_images, embed_texts
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,11 @@ def write_captions(
                 "the language model reads another vocabulary than the captioner: train it with "
                 "data.tokenizer.path set to the captioner's tokenizer.json"
             )
+        if options.max_length > longest_text(language_model):
+            raise UserError(
+                f"max_length={options.max_length}: the language model was trained on texts of up to "
+                f"{longest_text(language_model)} tokens (data.tokenizer.context_length)"
+            )
     prefixes = _prefixes(components, controls or {}, len(images))
     plain_prefix = _prefix(components, {})
     forced, forced_mask = _forced(components, begin, len(images), options)
@@ -116,6 +122,16 @@ def write_captions(
         [i for i in (*tokenizer.special_ids, tokenizer.mask_id) if i not in (tokenizer.end_id, None)]
     ] = True
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(images)))
+
+    other = None
+    if language_model is not None:
+        start = _prefix(language_model, {})
+        other = {
+            # It was loaded onto one device; the captioner may be in training on several.
+            "params": jax.device_put(language_model.params["model"], replicated(components.encoder.mesh)),
+            "prefix": np.tile(start[0], (batch_size, 1)),
+            "mask": np.tile(start[1], (batch_size, 1)),
+        }
 
     out: list[list[Candidate]] = []
     for features in components.encode_images(images, frozenset({"tokens"}), batch_size):
@@ -134,14 +150,6 @@ def write_captions(
             prefix = np.concatenate([prefix, np.stack([p for p, _ in null])])
             mask = np.concatenate([mask, np.stack([m for _, m in null])])
             dropped = np.concatenate([dropped, np.full(batch_size, guidance_null != "controls")])
-        other = None
-        if language_model is not None:
-            start = _prefix(language_model, {})
-            other = {
-                "params": language_model.params["model"],
-                "prefix": np.tile(start[0], (batch_size, 1)),
-                "mask": np.tile(start[1], (batch_size, 1)),
-            }
         decoded = generate(
             components.params["model"],
             tokens,
@@ -235,7 +243,7 @@ def rerank(
 ) -> list[str]:
     """For each image the candidate most like it by the cosine of a contrastive model; the first of equal ones.
 
-    Raises UserError for a scorer without text embeddings.
+    Raises UserError for a scorer without trained text embeddings.
     """
     check_scorer(scorer)
     image = embed_images(scorer, images, batch_size=batch_size)
@@ -250,10 +258,16 @@ def rerank(
 
 
 def check_scorer(scorer: Components) -> None:
-    """Raise UserError for a model that gives no text embeddings to score captions with."""
+    """Raise UserError for a model without trained embeddings of texts to score captions with."""
     if not scorer.model.config.embeds_text:
         raise UserError(
             "scoring captions needs a contrastive model, and this run has no text tower: name one as scorer"
+        )
+    # A captioner's config may have a text tower that no task has trained.
+    if not any(isinstance(task, Contrastive) for task in scorer.config.tasks.values()):
+        raise UserError(
+            "scoring captions needs a contrastive model, and the tasks of this run are "
+            f"{', '.join(scorer.config.tasks)}: name one with a task of type Contrastive as scorer"
         )
 
 
