@@ -49,12 +49,17 @@ def recomputed(components, image, prefix, *, scale=None, null_prefix=None):
     table = np.asarray(apply(method="vocabulary"))
     banned = [i for i in (*tokenizer.special_ids, tokenizer.mask_id) if i != tokenizer.end_id]
 
+    @jax.jit
+    def logits_of(dropped, row, mask):
+        visual = apply(tokens, dropped[None], method="visual_tokens")
+        return apply(*visual, row[None], mask[None], method="decode_train")[0] @ table.T
+
     def log_probs(dropped, prefix, words):
-        visual = apply(tokens, jnp.asarray([dropped]), method="visual_tokens")
-        row = np.concatenate([prefix[0], np.asarray(words, np.int32)])
-        mask = np.concatenate([prefix[1], np.ones(len(words), bool)])
-        hidden = apply(*visual, jnp.asarray(row)[None], jnp.asarray(mask)[None], method="decode_train")
-        logits = np.asarray(hidden)[0, -1] @ table.T
+        # Always one length, so that it is compiled once.
+        after = np.arange(GREEDY.max_length) < len(words)
+        row = np.concatenate([prefix[0], np.resize([*words, 0], GREEDY.max_length)]).astype(np.int32)
+        logits = logits_of(jnp.asarray(dropped), row, np.concatenate([prefix[1], after]))
+        logits = np.asarray(logits)[len(prefix[0]) + len(words) - 1]
         return logits - np.log(np.exp(logits).sum())
 
     words = []
