@@ -14,6 +14,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -64,17 +65,38 @@ def phantom_suite(split: str, scorer: Path, **options) -> Captions:
     )
 
 
-def swept(out: Path, components: Components, suite: Captions, title: str) -> list[Point]:
-    """The sweep of a model, read back where it was written before."""
-    kept = out / "points.json"
-    if kept.is_file():
-        rows = json.loads(kept.read_text())
+def weights_of(components: Components, suite: Captions) -> str:
+    """Hashes of the captioner and its judge: a result that is kept holds for these."""
+    return f"{components.weights_hash()}, judged by {load_components(suite.scorer).weights_hash()}"
+
+
+def swept(work: Path, out: Path, components: Components, suite: Captions, title: str) -> list[Point]:
+    """The sweep of a model, read back from `work` where it was done before with the same weights.
+
+    `out` gets its table and figure, `work` also every caption.
+    """
+    kept, weights = work / "points.json", weights_of(components, suite)
+    if kept.is_file() and (found := json.loads(kept.read_text()))["weights"] == weights:
+        rows = found["points"]
         return [Point(row["guidance"], EvalResult(row["metrics"], row["provenance"], [])) for row in rows]
     points = sweep_guidance(components, suite, GAMMAS)
-    write_frontier(points, out, title=title)
+    write_frontier(points, work, title=title)
+    out.mkdir(parents=True, exist_ok=True)
+    for suffix in (".csv", ".md", ".png"):
+        shutil.copy(work / f"frontier{suffix}", out / f"{work.name}{suffix}")
     rows = [{"guidance": p.guidance, "metrics": p.metrics, "provenance": p.result.provenance} for p in points]
-    write_atomic(kept, json.dumps(rows, indent=1) + "\n")
+    write_atomic(kept, json.dumps({"weights": weights, "points": rows}, indent=1) + "\n")
     return points
+
+
+def judged(kept: Path, components: Components, suite: Captions) -> dict:
+    """The metrics of one suite, read back where they were written before for the same weights."""
+    weights = weights_of(components, suite)
+    if not kept.is_file() or json.loads(kept.read_text())["weights"] != weights:
+        result = suite.run(components, batch_size=256)
+        found = {"weights": weights, "metrics": result.metrics, "provenance": result.provenance}
+        write_atomic(kept, json.dumps(found, indent=1) + "\n")
+    return json.loads(kept.read_text())["metrics"]
 
 
 def shuffled_phantoms(folder: Path) -> Path:
@@ -127,14 +149,6 @@ def table(rows: Iterable[tuple[str, dict]], columns: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def judged(kept: Path, components: Components, suite: Captions) -> dict:
-    """The metrics of one suite, read back where they were written before."""
-    if not kept.is_file():
-        metrics = suite.run(components, batch_size=256).metrics
-        write_atomic(kept, json.dumps(metrics, indent=1) + "\n")
-    return json.loads(kept.read_text())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -149,7 +163,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     runs, split = args.runs, "val" if args.dev else "test"
-    results = runs / "dev" if args.dev else HERE
+    results, work = (runs / "dev" if args.dev else HERE), runs / f"results_{split}"
     runs.mkdir(parents=True, exist_ok=True)
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
@@ -172,13 +186,13 @@ def main() -> None:
     for arm, dropout in DROPOUTS.items():
         title = f"Phantoms, image_dropout {dropout:g}"
         curves[f"image_dropout {dropout:g}"] = swept(
-            results / arm, load_components(trained[arm]), suite, title
+            work / arm, results, load_components(trained[arm]), suite, title
         )
     plot_frontier(curves, results / "frontier.png", title="Guided captions of phantoms")
 
     asked = tuple(range(4, 21))
     lengths = judged(
-        results / "lengths.json",
+        work / "lengths.json",
         load_components(trained["lengths"]),
         phantom_suite(split, scorer, section="captions", length=asked),
     )
@@ -190,7 +204,7 @@ def main() -> None:
         name = "plain" if quality is None else f"quality {quality}"
         suite = phantom_suite(split, scorer, quality=quality)
         rows.append(
-            (name, judged(results / f"{name.replace(' ', '_')}.json", load_components(trained[arm]), suite))
+            (name, judged(work / f"{name.replace(' ', '_')}.json", load_components(trained[arm]), suite))
         )
     columns = {
         "finding F1": "finding_f1",
@@ -210,7 +224,8 @@ def main() -> None:
             scorer=str(trained["real_scorer"]),
         )
         swept(
-            results / "figures",
+            work / "figures",
+            results,
             load_components(trained["real"]),
             figures,
             "Textbook figures, alternative text",
@@ -221,7 +236,7 @@ def main() -> None:
             lexicon="chest",
             scorer=str(trained["real_scorer"]),
         )
-        swept(results / "chest", load_components(trained["real"]), chest, "Chest radiographs, notes")
+        swept(work / "chest", results, load_components(trained["real"]), chest, "Chest radiographs, notes")
 
 
 if __name__ == "__main__":
