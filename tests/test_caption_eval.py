@@ -123,7 +123,10 @@ def test_findings_are_compared_with_the_facts(components, prepared):
     assert false["finding_precision"] == 0 and false["invented_rate"] == 1
     denied = suite.judge(components, prepared, [said(r, "absent", "no ") for r in records])
     assert "finding_precision" not in denied.metrics and denied.metrics["finding_recall"] == 0
-    assert "invented_rate" in denied.provenance["undefined"]
+    assert "invented_rate" in denied.provenance["undefined"] and denied.metrics["wrong_negation_rate"] == 0
+    assert denied.provenance["finding_rules"]["unmentioned_true"] == "ignored"
+    wrongly = suite.judge(components, prepared, [said(r, "present", "no ") for r in records]).metrics
+    assert wrongly["wrong_negation_rate"] == 1 and wrongly["wrong_negation_rate/ci95"] == [1, 1]
     # A finding of another modality is as invented as an absent one of the image's own.
     elsewhere = ["a malaria parasite" if r["modality"] != "blood smear" else "a calculus" for r in records]
     assert suite.judge(components, prepared, elsewhere).metrics["invented_rate"] == 1

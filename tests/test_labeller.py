@@ -219,7 +219,6 @@ def test_scores_of_a_small_example_by_hand():
     np.testing.assert_allclose(scores.per_finding_recall, [1 / 2, 1 / 2])
     assert scores.macro_f1 == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert scores.invented_rate == pytest.approx(1 / 2)
-    assert scores.invented_per_text == pytest.approx(1 / 3)
     assert scores.wrong_negation_rate == pytest.approx(1 / 2)
 
 
@@ -235,9 +234,23 @@ def test_rules_say_how_uncertain_and_unmentioned_count():
         FindingRules(uncertain_true="maybe")
 
 
+def test_what_truth_does_not_mention_is_neither_invented_nor_wrongly_denied():
+    names = ("nodule", "mass", "cyst")
+    stated = [dict.fromkeys(names, "present"), dict.fromkeys(names, "absent")]
+    truth = {"nodule": "present", "mass": "absent"}
+    table = finding_tables(stated, [truth, truth], names).sum(0)
+    scores = finding_scores(table)
+    assert (scores.invented_rate, scores.wrong_negation_rate) == (1 / 2, 1 / 2)
+    complete = finding_scores(table, FindingRules(unmentioned_true="negative"))
+    assert complete.invented_rate == pytest.approx(2 / 3)
+    assert complete.wrong_negation_rate == pytest.approx(1 / 3)
+    nothing = finding_scores(finding_tables([{"cyst": "present"}], [{}], names).sum(0))
+    assert math.isnan(nothing.invented_rate)
+
+
 def test_scores_without_any_text_are_undefined():
     scores = finding_scores(finding_tables([], [], ("nodule",)).sum(0))
-    assert all(math.isnan(value) for value in (scores.f1, scores.macro_f1, scores.invented_per_text))
+    assert all(math.isnan(value) for value in (scores.f1, scores.macro_f1, scores.invented_rate))
 
 
 def test_bad_labels_are_refused():

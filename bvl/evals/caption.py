@@ -28,6 +28,7 @@ from bvl.evals.base import (
     with_images,
 )
 from bvl.evals.caption_scores import (
+    FINDING_RULES,
     Embeddings,
     Scores,
     Truth,
@@ -47,7 +48,7 @@ from bvl.tasks.contrastive import embed_texts
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
+class CaptionItem:
     """An image to caption: one of the records that show it, its references, and the prompt it comes with."""
 
     index: int
@@ -59,7 +60,7 @@ class Item:
 class Prepared:
     """What captions of one model are judged against, whatever they were decoded with."""
 
-    items: list[Item]
+    items: list[CaptionItem]
     pixels: list[np.ndarray]
     scorer: Components | None
     embeddings: Embeddings | None
@@ -74,8 +75,8 @@ class Captions(Suite):
 
     cider_d, bleu1..4, rouge_l compare words with the references (bvl/metrics/caption_text.py tokenizes); clipscore,
     ref_clipscore, self_retrieval_r1 (among 500 images) and bag_r1 (among 10 look-alikes) ask a contrastive model;
-    finding_precision, finding_recall, finding_f1 and invented_rate compare findings that are stated with those that are
-    true; length_within_1 and length_error compare lengths with those asked for; mean_length (words), distinct1,
+    finding_precision, finding_recall, finding_f1, invented_rate and wrong_negation_rate compare findings that are
+    stated with those that are true (bvl/metrics/findings.py); length_within_1 and length_error compare lengths with those asked for; mean_length (words), distinct1,
     distinct2 and unique tell how varied the captions are.
 
     task: the run's captioning task. text: the field or fields whose texts are references, None = the source's; all of a
@@ -283,6 +284,11 @@ class Captions(Suite):
                 decoding=self._decoding(components),
                 scorer=self._scorer_provenance(components, prepared.scorer),
                 lexicon=self.lexicon,
+                **(
+                    {"finding_rules": dataclasses.asdict(FINDING_RULES)}
+                    if prepared.truths is not None
+                    else {}
+                ),
                 num_captions_cut_by_scorer=cut,
             ),
             per_example,
@@ -313,7 +319,7 @@ class Captions(Suite):
                 )
         return found, dict(left_out)
 
-    def _items(self, components: Components) -> tuple[list[Item], dict[str, int]]:
+    def _items(self, components: Components) -> tuple[list[CaptionItem], dict[str, int]]:
         record_set, controls = self.opened(), components.config.data.controls
         references, left_out = self._references
         left_out = collections.Counter(left_out)
@@ -335,7 +341,7 @@ class Captions(Suite):
             left_out["beyond max_images"] += len(chosen) - self.max_images
             chosen = [chosen[i] for i in sorted(order)]
         items = [
-            Item(
+            CaptionItem(
                 records[0],
                 tuple(dict.fromkeys(text for i in records for text in references[i])),
                 prompts[records[0]],
@@ -344,7 +350,7 @@ class Captions(Suite):
         ]
         return items, dict(left_out)
 
-    def _lengths(self, components: Components, items: Sequence[Item]) -> list[int] | None:
+    def _lengths(self, components: Components, items: Sequence[CaptionItem]) -> list[int] | None:
         """The words to ask for, of each image."""
         if self.length is None:
             return None
@@ -357,11 +363,11 @@ class Captions(Suite):
         words = [num_words(item.references[0]) for item in items]
         return words if most is None else [min(n, most) for n in words]
 
-    def _prompts(self, items: Sequence[Item]) -> list[str | None] | None:
+    def _prompts(self, items: Sequence[CaptionItem]) -> list[str | None] | None:
         prompts = [item.prompt for item in items]
         return prompts if any(prompt is not None for prompt in prompts) else None
 
-    def _truths(self, record_set: RecordSet, items: Sequence[Item]) -> list[Truth] | None:
+    def _truths(self, record_set: RecordSet, items: Sequence[CaptionItem]) -> list[Truth] | None:
         if self.lexicon == "none":
             return None
         if self.lexicon == "chest":

@@ -28,12 +28,13 @@ from bvl.metrics.caption_text import (
     unique_share,
 )
 from bvl.metrics.cider import cider_d
-from bvl.metrics.findings import finding_scores, finding_tables
+from bvl.metrics.findings import FindingRules, finding_scores, finding_tables
 from bvl.metrics.labeller import Lexicon, Status, label_text
 from bvl.metrics.rouge import rouge_l
 
 MAX_N = 4
 POOL_SIZE, BAG_SIZE = 500, 10
+FINDING_RULES = FindingRules()
 
 # A value for every example, by its name in the per-example rows.
 Columns = dict[str, Sequence[Any]]
@@ -142,7 +143,7 @@ def alignment_scores(
 
 
 def stated_findings(captions: Sequence[str], truths: Sequence[Truth], scores: Scores) -> Columns:
-    """finding_precision, finding_recall, finding_f1 (micro) and invented_rate of what the captions state."""
+    """finding_precision, finding_recall, finding_f1 (micro), invented_rate and wrong_negation_rate of the captions."""
     stated = [label_text(text, truth.lexicon) for text, truth in zip(captions, truths, strict=True)]
     names = sorted({name for truth in truths for name in truth.lexicon.findings})
     tables = finding_tables(stated, [truth.status for truth in truths], names)
@@ -150,11 +151,12 @@ def stated_findings(captions: Sequence[str], truths: Sequence[Truth], scores: Sc
     over_findings = tables.sum(1).reshape(len(tables), 16)
 
     def value(field: str) -> Callable[[np.ndarray], float]:
-        return lambda sums: getattr(finding_scores(sums.reshape(1, 4, 4)), field)
+        return lambda sums: getattr(finding_scores(sums.reshape(1, 4, 4), FINDING_RULES), field)
 
     for field in ("precision", "recall", "f1"):
         scores.of_sums(f"finding_{field}", over_findings, value(field))
-    scores.of_sums("invented_rate", over_findings, value("invented_rate"))
+    for field in ("invented_rate", "wrong_negation_rate"):
+        scores.of_sums(field, over_findings, value(field))
     return {"stated": [dict(sorted(labels.items())) for labels in stated]}
 
 

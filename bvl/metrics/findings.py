@@ -47,9 +47,10 @@ class FindingRules:
 class FindingScores:
     """Micro averages count all findings together; macro averages are means over the findings where defined.
 
-    `invented_rate`: of the findings stated as present, the share that is absent in truth; `invented_per_text`: their
-    number per text. `wrong_negation_rate`: of the findings stated as absent, the share that is present in truth.
-    Neither looks at uncertain ones. Values without a denominator are NaN.
+    `invented_rate`: of the findings stated as present, the share that is negative in truth. `wrong_negation_rate`: of
+    the findings stated as absent, the share that is positive in truth. Both look at no uncertain statements, and at
+    those alone whose truth the rules call positive or negative: what truth ignores could be neither right nor wrong.
+    Values without a denominator are NaN.
     """
 
     precision: float
@@ -59,7 +60,6 @@ class FindingScores:
     macro_recall: float
     macro_f1: float
     invented_rate: float
-    invented_per_text: float
     wrong_negation_rate: float
     per_finding_precision: Float[np.ndarray, " f"]
     per_finding_recall: Float[np.ndarray, " f"]
@@ -110,15 +110,19 @@ def finding_scores(table: Num[np.ndarray, "f 4 4"], rules: FindingRules | None =
     each = _precision_recall_f1(hits, invented, missed)
     micro = _precision_recall_f1(hits.sum(), invented.sum(), missed.sum())
     macro = [_mean(values) for values in each]
-    present, absent = table[:, _PRESENT].sum(), table[:, _ABSENT].sum()
-    num_texts = table[0].sum() if len(table) else 0.0
-    wrong_present, wrong_absent = table[:, _PRESENT, _ABSENT].sum(), table[:, _ABSENT, _PRESENT].sum()
+
+    def share(stated: int, wrong: str) -> float:
+        """Of what is stated so and can be judged, the share whose truth is `wrong`."""
+        statuses = table[:, stated].sum(0)
+        return float(
+            _ratio(statuses[column[wrong]].sum(), statuses[column["positive"] + column["negative"]].sum())
+        )
+
     return FindingScores(
         *(float(value) for value in micro),
         *macro,
-        float(_ratio(wrong_present, present)),
-        float(_ratio(wrong_present, num_texts)),
-        float(_ratio(wrong_absent, absent)),
+        share(_PRESENT, "negative"),
+        share(_ABSENT, "positive"),
         *each,
     )
 
