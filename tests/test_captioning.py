@@ -14,7 +14,8 @@ from bvl.data.phantoms import PhantomSource
 from bvl.decode.options import DecodeOptions
 from bvl.errors import UserError
 from bvl.models.vlm import normalize_image
-from bvl.tasks.captioning import generate, write_captions
+from bvl.tasks.caption import Caption
+from bvl.tasks.captioning import encode_for_captions, generate, write_captions
 
 GREEDY = DecodeOptions(max_length=6)
 
@@ -128,6 +129,47 @@ def test_rows_that_fill_a_batch_change_nothing(components, images):
     assert together != captions(components, images, options=options, seed=4)
 
 
+def test_numbers_of_images_decide_what_is_drawn(components, images):
+    """Neither chunks nor images left out change what the others get; nor does encoding them beforehand."""
+    options = DecodeOptions(max_length=6, temperature=1.0)
+    together = captions(components, images, options=options, seed=3)
+    encoded = encode_for_captions(components, images, batch_size=4)
+    assert captions(components, encoded, options=options, seed=3) == together
+    assert captions(components, images[1:], options=options, seed=3, first_row=1) == together[1:]
+    chosen = captions(components, images[::2], options=options, seed=3, first_row=[0, 2])
+    assert chosen == together[::2]
+    assert captions(components, images, options=options, seed=3, first_row=100) != together
+
+
+def test_a_null_that_training_never_showed_is_named_once_a_run(components, images, caplog):
+    def run_of(workdir, image_dropout, dropout):
+        data = components.config.data
+        data = dataclasses.replace(data, controls=dataclasses.replace(data.controls, dropout=dropout))
+        tasks = {"caption": Caption(image_dropout=image_dropout)}
+        config = dataclasses.replace(components.config, workdir=workdir, tasks=tasks, data=data)
+        return dataclasses.replace(components, config=config)
+
+    first, second, third = (
+        run_of("made/first", 0.0, 0.1),
+        run_of("made/second", 0.2, 0.0),
+        run_of("made/third", 0.2, 0.1),
+    )
+    captions(first, images, guidance=1.0, always_guided=True)
+    captions(first, images, guidance=2.0, guidance_null="controls")
+    captions(second, images, guidance=2.0)
+    captions(third, images, guidance=2.0, guidance_null="both")
+    assert not caplog.records
+    for scale in (2.0, 3.0):
+        captions(first, images, guidance=scale)
+    assert [r.message for r in caplog.records if "image_dropout=0" in r.message] == [
+        caplog.records[0].message
+    ]
+    for null in ("controls", "both", "both"):
+        captions(second, images, guidance=2.0, guidance_null=null)
+    assert sum("data.controls.dropout=0.1" in r.message for r in caplog.records) == 2
+    assert len(caplog.records) == 3
+
+
 def test_a_language_model_as_the_null(components, images):
     """The captioner itself, without image and controls, is the null that guidance_null="both" has."""
     how = dict(controls={"length": 5}, guidance=2.5)
@@ -180,8 +222,19 @@ def test_log_probabilities_are_those_of_the_texts(components, images):
         (dict(controls={"length": [1, 2]}), "2 values for 3"),
         (dict(controls={"quality": 3}), "0 .worst. to 2"),
         (dict(guidance=float("nan")), "finite"),
+        (dict(begin=["a", 3, ""]), "begin: 3 is no text"),
+        (dict(first_row=[0, 1]), "for 3 images"),
+        (dict(first_row=-1), "first_row=-1"),
     ],
 )
 def test_values_that_cannot_be_used_are_named(components, images, changes, words):
     with pytest.raises(UserError, match=words):
         captions(components, images, **changes)
+
+
+def test_batches_and_images_that_are_none_are_named(components, images):
+    for call in (encode_for_captions, functools.partial(write_captions, options=GREEDY)):
+        with pytest.raises(UserError, match="batch_size=0"):
+            call(components, images, batch_size=0)
+        with pytest.raises(UserError, match="no images"):
+            call(components, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from bvl.config import Config
 from bvl.decode.guidance import check_guidance, guided_merge, join_steps
 from bvl.decode.options import DecodeOptions
 from bvl.decode.search import Decoded, search
@@ -40,16 +41,43 @@ class Candidate:
     tokens: tuple[int, ...]
 
 
-def caption_task(components: Components) -> Caption:
-    """The run's captioning task; ConfigError, naming what is missing, if it has none."""
-    for task in components.config.tasks.values():
+@dataclasses.dataclass(frozen=True)
+class ImageTokens:
+    """Images encoded once, for several calls of `write_captions`; see `encode_for_captions`."""
+
+    tokens: Float[np.ndarray, "n l d"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def encode_for_captions(
+    components: Components, images: Sequence[Any], *, batch_size: int = 16
+) -> ImageTokens:
+    """What a captioner's decoder reads of images: `write_captions` takes it in their place, with the same result.
+
+    A sweep over scales so encodes its images once. Holds for these components alone. Raises UserError without images.
+    """
+    images = list(images)
+    _check_batches(images, batch_size)
+    return ImageTokens(np.concatenate(list(_token_batches(components, images, batch_size))))
+
+
+def captioning_task_of(config: Config) -> Caption:
+    """A config's captioning task; ConfigError, naming what is missing, if it has none."""
+    for task in config.tasks.values():
         if isinstance(task, Caption):
             return task
     raise ConfigError(
         f"this run cannot write captions: it has no task of type Caption, only "
-        f"{', '.join(f'{n} ({type(t).__name__})' for n, t in components.config.tasks.items())}. Train one with "
+        f"{', '.join(f'{n} ({type(t).__name__})' for n, t in config.tasks.items())}. Train one with "
         "tasks={..., 'caption': Caption()} and model.decoder set, as configs/quickstart.py does"
     )
+
+
+def caption_task(components: Components) -> Caption:
+    """The run's captioning task; ConfigError, naming what is missing, if it has none."""
+    return captioning_task_of(components.config)
 
 
 def longest_text(components: Components) -> int:
@@ -59,7 +87,7 @@ def longest_text(components: Components) -> int:
 
 def write_captions(
     components: Components,
-    images: Sequence[Any],
+    images: Sequence[Any] | ImageTokens,
     *,
     options: DecodeOptions,
     guidance: float | Sequence[float] | np.ndarray = 1.0,
@@ -68,25 +96,27 @@ def write_captions(
     controls: Mapping[str, Any] | None = None,
     begin: str | Sequence[str] | None = None,
     seed: int = 0,
+    first_row: int | Sequence[int] = 0,
     batch_size: int = 16,
     always_guided: bool = False,
 ) -> list[list[Candidate]]:
     """`options.num_return` texts for each image, best first (samples: as drawn).
 
-    images: paths, PIL images or arrays. guidance: one scale or one an image; 1 is plain decoding.
+    images: paths, PIL images or arrays, or what `encode_for_captions` made of them. guidance: one scale or one an image; 1 is plain decoding.
     guidance_null: what the null rows go without. language_model: another captioner with the same vocabulary whose
       text without an image is the null instead.
     controls: "section", "length" (words), "quality" (bin), "prompt" -> a value, or a sequence with one an image; what
       is absent or None is left out.
     begin: the captions' first words, one text or one an image.
-    seed: of sampling; what an image gets depends on the seed and its place in `images` alone.
+    seed: of sampling; what an image gets depends on the seed and its number alone.
+    first_row: number of the first image, where the others count on from, or one number an image: with the numbers of
+      the whole, neither its division into several calls nor images left out change what the others get.
     always_guided: decode null rows even at scale 1, so that a sweep over scales compiles one program.
     Raises ConfigError for a run without a captioning task, UserError for values that cannot be used.
     """
-    task = caption_task(components)
-    images = list(images)
-    if not images:
-        raise UserError("no images to caption: give at least one")
+    caption_task(components)
+    images = images if isinstance(images, ImageTokens) else list(images)
+    _check_batches(images, batch_size)
     tokenizer, longest = components.tokenizer, longest_text(components)
     if options.max_length > longest:
         raise UserError(
@@ -97,11 +127,8 @@ def write_captions(
     guided = always_guided or language_model is not None or bool((scale != 1).any())
     if guidance_null not in ("image", "controls", "both"):
         raise UserError(f"guidance_null={guidance_null!r}: choose image, controls or both")
-    if guided and not task.image_dropout and guidance_null != "controls" and language_model is None:
-        logger.warning(
-            "guidance: this run was trained with image_dropout=0, so its null image means nothing; train with "
-            "tasks.caption.image_dropout=0.2"
-        )
+    if language_model is None and (scale != 1).any():
+        _warn_of_untrained_null(components.config, guidance_null)
     if language_model is not None:
         caption_task(language_model)
         if language_model.tokenizer.hash != tokenizer.hash:
@@ -121,7 +148,8 @@ def write_captions(
     forbidden[
         [i for i in (*tokenizer.special_ids, tokenizer.mask_id) if i not in (tokenizer.end_id, None)]
     ] = True
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(images)))
+    numbers = _numbers(first_row, len(images))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
 
     other = None
     if language_model is not None:
@@ -134,11 +162,11 @@ def write_captions(
         }
 
     out: list[list[Candidate]] = []
-    for features in components.encode_images(images, frozenset({"tokens"}), batch_size):
-        rows = np.arange(len(out), len(out) + len(features.tokens))
+    for tokens in _token_batches(components, images, batch_size):
+        rows = np.arange(len(out), len(out) + len(tokens))
         # A batch is filled up with its first image, so that every batch has one shape.
         filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
-        tokens = np.asarray(features.tokens)[filled - rows[0]]
+        tokens = tokens[filled - rows[0]]
         prefix, mask = (x[filled] for x in prefixes)
         dropped = np.zeros(batch_size, bool)
         if guided and language_model is None:
@@ -271,6 +299,63 @@ def check_scorer(scorer: Components) -> None:
         )
 
 
+def _check_batches(images: Sequence[Any] | ImageTokens, batch_size: int) -> None:
+    if not len(images):
+        raise UserError("no images to caption: give at least one")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: must be at least 1")
+
+
+def _token_batches(
+    components: Components, images: Sequence[Any] | ImageTokens, batch_size: int
+) -> Iterator[Float[np.ndarray, "b l d"]]:
+    """The image tokens of up to batch_size images at a time."""
+    if isinstance(images, ImageTokens):
+        for start in range(0, len(images), batch_size):
+            yield images.tokens[start : start + batch_size]
+        return
+    for features in components.encode_images(images, frozenset({"tokens"}), batch_size):
+        yield np.asarray(features.tokens)
+
+
+def _numbers(first_row: int | Sequence[int], count: int) -> Int[np.ndarray, " n"]:
+    """The numbers of the images, which their random draws depend on."""
+    try:
+        numbers = np.asarray(first_row)
+    except ValueError as error:
+        raise UserError(f"first_row={first_row!r}: give a number, or one an image") from error
+    if not np.issubdtype(numbers.dtype, np.integer) or (numbers < 0).any():
+        raise UserError(f"first_row={first_row!r}: the numbers of images are whole, from 0 on")
+    if numbers.ndim == 0:
+        return numbers + np.arange(count)
+    if numbers.shape != (count,):
+        raise UserError(f"first_row of shape {numbers.shape} for {count} images: give one number an image")
+    return numbers
+
+
+def _warn_of_untrained_null(config: Config, guidance_null: GuidanceNull) -> None:
+    """Warn, once for a run, of a null that training has never shown."""
+    if guidance_null != "controls" and not captioning_task_of(config).image_dropout:
+        _warn_once(
+            config.workdir,
+            "guidance: this run was trained with image_dropout=0, so its null image means nothing; train with "
+            "tasks.caption.image_dropout=0.2",
+        )
+    controls = config.data.controls
+    if guidance_null != "image" and controls.enabled and not controls.dropout:
+        _warn_once(
+            config.workdir,
+            f"guidance_null={guidance_null!r}: this run was trained with controls.dropout=0, so it has not seen a "
+            "caption without controls; train with data.controls.dropout=0.1",
+        )
+
+
+@functools.cache
+def _warn_once(workdir: str | None, message: str) -> None:
+    """A sweep would say it once a scale."""
+    logger.warning(message)
+
+
 def _candidates(components: Components, decoded: Decoded, row: int) -> list[Candidate]:
     return [
         Candidate(
@@ -321,6 +406,9 @@ def _forced(
     if begin is None:
         return None, None
     texts = _each("begin", begin, count)
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise UserError(f"begin: {wrong[0]!r} is no text; give the first words, or an empty text for none")
     tokens, mask, truncated = zip(*(components.tokenizer.encode(text) for text in texts), strict=True)
     # Without the start token, which the prefix has, and the end token.
     lengths = [int(m.sum()) - 2 for m in mask]
