@@ -132,6 +132,7 @@ class Model:
         best_of: int = 1,
         scorer: Model | str | Path | None = None,
         seed: int = 0,
+        first_row: int | Sequence[int] = 0,
         batch_size: int = 16,
     ) -> list[str]:
         """One text for each image: paths, PIL images or arrays.
@@ -147,11 +148,19 @@ class Model:
           an image; None leaves a control out. begin: the first words of the captions.
         best_of: of so many candidates (samples, or the best of the beams) the one most like the image to `scorer`, a
           contrastive model; None = this model.
+        first_row: for images that are captioned in several calls: the number of the first one among all, or one
+          number an image. Samples depend on `seed` and these numbers alone.
+        batch_size: so many images are decoded at a time, always: fewer are filled up to it, so that one program is
+          compiled for any number. For single images at low latency set 1.
         Raises UserError for what cannot be used, and ConfigError, with the missing task named, for a run without
         captions.
         """
         images = list(_several(images))
         caption_task(self.components)
+        if scorer is not None and best_of == 1:
+            raise UserError(
+                "scorer chooses among candidates, and best_of=1 writes only one: set best_of, such as 8"
+            )
         search = {
             "beams": beams,
             "groups": groups,
@@ -178,6 +187,7 @@ class Model:
             controls={"section": section, "length": length, "quality": quality, "prompt": prompt},
             begin=begin,
             seed=seed,
+            first_row=first_row,
         )
 
     def evaluate(

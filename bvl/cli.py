@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from bvl.errors import UserError
 
@@ -361,7 +363,7 @@ def _embed(args: argparse.Namespace) -> int:
     out = Path(args.out)
     done = embed_to_file(components, items, out, long_texts=args.long_texts, batch_size=args.batch_size)
     print(f"{done.count} images embedded: {out}")
-    return _exit_code_of(done.skipped)
+    return _exit_code_of(done.skipped, "could not be read and were left out")
 
 
 def _caption(args: argparse.Namespace) -> int:
@@ -383,32 +385,44 @@ def _caption(args: argparse.Namespace) -> int:
     )
     model = load(args.run_folder, checkpoint=_checkpoint(args.checkpoint))
     options = _decoding_given(args)
+    if "prompt" in options:
+        items = [dataclasses.replace(item, prompt=None) for item in items]
     options |= {
         name: load(options[name]) for name in ("language_model", "scorer") if options.get(name) is not None
     }
-    seed = options.pop("seed", 0)
 
-    def write(images, *, start, prompt):
-        # Each part of the images draws from a seed of its own.
-        return model.caption(
-            images, batch_size=args.batch_size, seed=seed + start, **{"prompt": prompt, **options}
-        )
+    def write(images, **of_items):
+        return model.caption(images, batch_size=args.batch_size, **{**of_items, **options})
 
+    captions = caption_items(model.components, items, write, batch_size=args.batch_size)
     skipped, count = [], 0
-    partial = None if args.out is None else Path(f"{args.out}.partial")
     with contextlib.ExitStack() as stack:
-        lines = sys.stdout if partial is None else stack.enter_context(partial.open("w", encoding="utf-8"))
-        for item, text in caption_items(model.components, items, write, chunk=16 * args.batch_size):
+        file = sys.stdout if args.out is None else stack.enter_context(_whole_file(Path(args.out)))
+        for item, text in captions:
             if text is None:
                 skipped.append(item.id)
                 continue
             count += 1
-            row = json.dumps({"id": item.id, "caption": text}, ensure_ascii=False)
-            print(f"{item.id}\t{text}" if partial is None else row, file=lines)
-    if partial is not None:
-        partial.replace(args.out)
+            if args.out is None:
+                print(item.id, " ".join(text.splitlines()), sep="\t", file=file)
+            else:
+                print(json.dumps({"id": item.id, "caption": text}, ensure_ascii=False), file=file)
+    if args.out is not None:
         print(f"{count} captions written: {args.out}")
-    return _exit_code_of(skipped)
+    return _exit_code_of(skipped, "got no caption")
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file that is there once all is written, and not at all where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _sweep_guidance(args: argparse.Namespace) -> int:
@@ -430,11 +444,11 @@ def _sweep_guidance(args: argparse.Namespace) -> int:
     return 0
 
 
-def _exit_code_of(skipped: Sequence[str]) -> int:
-    """1, with the names of images that could not be read, if there are any."""
+def _exit_code_of(skipped: Sequence[str], what: str) -> int:
+    """1, with the names of images that were skipped and `what` befell them, if there are any."""
     if skipped:
         names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-        print(f"{len(skipped)} could not be read and were left out: {names}", file=sys.stderr)
+        print(f"{len(skipped)} {what}: {names}", file=sys.stderr)
     return 1 if skipped else 0
 
 
@@ -495,10 +509,7 @@ def _data_score(args: argparse.Namespace) -> int:
     )
     print(f"written: {done.manifest} and {done.edges_file.name}")
     print("texts in each bin, worst first: " + " ".join(map(str, done.counts)))
-    if done.skipped:
-        names = ", ".join(done.skipped[:5]) + (", ..." if len(done.skipped) > 5 else "")
-        print(f"{len(done.skipped)} images could not be read, left without quality: {names}", file=sys.stderr)
-    return 1 if done.skipped else 0
+    return _exit_code_of(done.skipped, "could not be read and have no quality")
 
 
 def _positive(text: str) -> int:

@@ -68,7 +68,7 @@ def test_arguments_reach_the_decoder(model, images, monkeypatch):
         "max_length": 9,
     }
     controls = {"section": "impression", "length": 5, "quality": 2, "prompt": "frontal"}
-    how = {"guidance": 2.0, "guidance_null": "both", "begin": "a", "seed": 3, "batch_size": 4}
+    how = {"guidance": 2.0, "guidance_null": "both", "begin": "a", "seed": 3, "first_row": 5, "batch_size": 4}
     assert model.caption(images, **search, **controls, **how) == ["x"] * 5
     options, given = calls[-1]
     assert {name: getattr(options, name) for name in search} == search and options.num_return == 1
@@ -117,6 +117,7 @@ def test_the_best_of_several_is_what_the_scorer_likes(model, images, monkeypatch
         ({"quality": 3}, "quality=3: give a bin from 0"),
         ({"begin": "a " * 20}, "begin: .* leave nothing to write"),
         ({"scorer": "no_such_run", "best_of": 2, "beams": 2}, "no_such_run is no run folder"),
+        ({"scorer": "no_such_run"}, "best_of=1 writes only one: set best_of"),
         ({"language_model": "no_such_run"}, "no_such_run is no run folder"),
     ],
 )

@@ -1,12 +1,12 @@
 """The command line: help, wrong usage, errors, and the way from arguments to functions."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -181,46 +181,77 @@ def test_captions_are_lines_and_unreadable_images_are_named(tmp_path, monkeypatc
 
     def caption(images, **options):
         calls.append(options)
-        return [f"grey {image[0, 0, 0]}" for image in images]
+        return [f"grey\n{image.getpixel((0, 0))}" for image in images]
 
-    def pixels(image):
-        return np.asarray(image.convert("RGB"))
-
-    model = SimpleNamespace(caption=caption, components=SimpleNamespace(pixels=pixels))
+    model = SimpleNamespace(caption=caption, components=None)
     loaded = []
     monkeypatch.setattr("bvl.api.load", lambda path, **options: loaded.append(path) or model)
     options = ("--guidance", "2", "--beams", "4", "--length", "12", "--scorer", "judge", "--seed", "5")
     assert run("caption", "run", str(tmp_path), *options) == 1
     printed = capsys.readouterr()
     assert printed.out.splitlines() == ["a.png\tgrey 97", "c.png\tgrey 99"]
-    assert "1 could not be read and were left out: b.png" in printed.err
+    assert "1 got no caption: b.png" in printed.err
     assert loaded == ["run", "judge"]
     wanted = {"guidance": 2.0, "beams": 4, "length": 12, "scorer": model, "seed": 5, "prompt": None}
-    assert calls == [{**wanted, "batch_size": 16}]
+    # Images keep their numbers, whichever of them can be read.
+    assert calls == [{**wanted, "batch_size": 16, "first_row": [0, 2]}]
 
     (tmp_path / "b.png").unlink()
-    out = tmp_path / "captions.jsonl"
+    out = tmp_path / "new" / "captions.jsonl"
     assert run("caption", "run", str(tmp_path), "--out", str(out)) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows == [{"id": "a.png", "caption": "grey 97"}, {"id": "c.png", "caption": "grey 99"}]
+    assert rows == [{"id": "a.png", "caption": "grey\n97"}, {"id": "c.png", "caption": "grey\n99"}]
+
+    def fail(images, **options):
+        raise DataError("no captions")
+
+    model.caption = fail
+    assert run("caption", "run", str(tmp_path), "--out", str(out.with_name("more.jsonl"))) == 1
+    assert [path.name for path in out.parent.iterdir()] == ["captions.jsonl"]
 
 
 def test_images_are_captioned_in_parts(tmp_path, monkeypatch, capsys):
     for i in range(20):
         Image.new("L", (4, 4), i).save(tmp_path / f"{i:02}.png")
     monkeypatch.setattr("bvl.train.environment.enable_compilation_cache", lambda: None)
-    starts = []
+    parts = []
 
-    def caption(images, *, seed, **options):
-        starts.append((seed, len(images)))
+    def caption(images, *, seed, first_row, **options):
+        parts.append((seed, first_row))
         return ["x"] * len(images)
 
-    components = SimpleNamespace(pixels=np.asarray)
+    model = SimpleNamespace(caption=caption, components=None)
+    monkeypatch.setattr("bvl.api.load", lambda path, **options: model)
+    assert run("caption", "run", str(tmp_path), "--batch-size", "16", "--seed", "3") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 20
+    assert parts == [(3, list(range(16))), (3, list(range(16, 20)))]
+
+
+def test_a_prompt_beyond_its_room_is_named_and_left_out(tmp_path, monkeypatch, capsys, caplog):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    prompts = ["one", "one two three", None]
+    rows = [{"id": f"r{i}", "image": "a.png", "view": prompt} for i, prompt in enumerate(prompts)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = list_images([tmp_path])
+    items = [dataclasses.replace(item, prompt=prompt) for item, prompt in zip(items, prompts, strict=True)]
+    monkeypatch.setattr("bvl.evals.items.list_images", lambda *args, **options: items)
+    monkeypatch.setattr("bvl.train.environment.enable_compilation_cache", lambda: None)
+    asked = []
+
+    def caption(images, *, prompt, first_row, **options):
+        asked.append((prompt, first_row))
+        return ["x"] * len(images)
+
+    config = SimpleNamespace(data=SimpleNamespace(controls=SimpleNamespace(prompt_tokens=2)))
+    components = SimpleNamespace(tokenizer=SimpleNamespace(ids=str.split), config=config)
     model = SimpleNamespace(caption=caption, components=components)
     monkeypatch.setattr("bvl.api.load", lambda path, **options: model)
-    assert run("caption", "run", str(tmp_path), "--batch-size", "1", "--seed", "3") == 0
-    assert len(capsys.readouterr().out.splitlines()) == 20
-    assert starts == [(3, 16), (19, 4)]
+    assert run("caption", "run", str(tmp_path)) == 1
+    assert asked == [(["one", None], [0, 2])]
+    assert "1 got no caption: r1" in capsys.readouterr().err
+    # A prompt for all leaves no room to those of the records.
+    assert run("caption", "run", str(tmp_path), "--prompt", "why") == 0
+    assert asked[1:] == [("why", [0, 1, 2])]
 
 
 @pytest.mark.parametrize(

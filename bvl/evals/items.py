@@ -96,26 +96,42 @@ def caption_items(
     items: Sequence[Item],
     write: Callable[..., list[str]],
     *,
-    chunk: int,
+    batch_size: int,
 ) -> Iterator[tuple[Item, str | None]]:
-    """(item, caption) in order, `chunk` images in memory at a time; None for an image that cannot be read.
+    """(item, caption) in order, `batch_size` images in memory at a time.
 
-    write: (images, start=number of items before them, prompt=what the items come with, or None) -> captions.
+    The caption is None, and a warning says why, for an image that cannot be read and for a prompt beyond its room.
+
+    write: (images, first_row=their numbers among the items, prompt=what they come with, or None) -> captions. The
+      images are as they were opened, for a captioner and a scorer make them ready each in its own way.
     """
-    for start in range(0, len(items), chunk):
-        part = items[start : start + chunk]
-        pixels: dict[int, Any] = {}
-        for i, item in enumerate(part):
+    for start in range(0, len(items), batch_size):
+        part = dict(enumerate(items[start : start + batch_size], start))
+        opened: dict[int, Any] = {}
+        for i, item in part.items():
             try:
-                pixels[i] = components.pixels(item.open())
-            except ImageError as error:
+                _check_prompt(components, item)
+                opened[i] = item.open()
+            except (ImageError, DataError) as error:
                 logger.warning("left out: %s", error)
         captions: dict[int, str] = {}
-        if pixels:
-            prompts = [part[i].prompt for i in pixels]
+        if opened:
+            prompts = [part[i].prompt for i in opened]
             given = prompts if any(prompt is not None for prompt in prompts) else None
-            captions = dict(zip(pixels, write(list(pixels.values()), start=start, prompt=given), strict=True))
-        yield from ((item, captions.get(i)) for i, item in enumerate(part))
+            texts = write(list(opened.values()), first_row=list(opened), prompt=given)
+            captions = dict(zip(opened, texts, strict=True))
+        yield from ((item, captions.get(i)) for i, item in part.items())
+
+
+def _check_prompt(components: Components, item: Item) -> None:
+    if item.prompt is None:
+        return
+    tokens, room = len(components.tokenizer.ids(item.prompt)), components.config.data.controls.prompt_tokens
+    if tokens > room:
+        raise DataError(
+            f"{item.id}: its prompt has {tokens} tokens, and the run has room for {room} "
+            "(data.controls.prompt_tokens)"
+        )
 
 
 def _file(path: Path, name: str) -> Item:
