@@ -32,7 +32,7 @@ HELD_OUT = Source(phantoms=PHANTOMS, split="test", cache=True)
 
 def get_config() -> Config:
     return Config(
-        steps=1200,
+        steps=1000,
         batch_size=64,
         model=DualEncoderConfig(
             image=ViTConfig("XS/8", stem="conv", depth=1, pool="mean"),
