@@ -24,12 +24,13 @@ from pathlib import Path
 import numpy as np
 from config import DROPOUTS, NOISY, PHANTOMS, QUALITY_BINS
 
-from bvl.data.phantoms import write_phantoms
+from bvl.data.phantoms import FINDING_LEXICON, PhantomSource, write_phantoms
 from bvl.data.sources import Source
 from bvl.evals.base import EvalResult
 from bvl.evals.caption import Captions
 from bvl.evals.score import score_records
 from bvl.evals.sweep import Point, plot_frontier, sweep_guidance, write_frontier
+from bvl.metrics.labeller import Lexicon, label_text
 from bvl.runs import Components, load_components, write_atomic
 
 HERE = Path(__file__).resolve().parent
@@ -37,6 +38,10 @@ GAMMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 # Which of the two texts that captioners were trained on is asked for in the sweeps; chosen on the development split.
 SECTION = "captions"
 NOISY_IMAGES = 5000
+LEXICONS = {
+    modality: Lexicon(findings, normal={"no abnormality": tuple(findings)})
+    for modality, findings in FINDING_LEXICON.items()
+}
 
 
 def train(arm: str, runs: Path, *overrides: str) -> Path:
@@ -97,6 +102,44 @@ def judged(kept: Path, components: Components, suite: Captions) -> dict:
         found = {"weights": weights, "metrics": result.metrics, "provenance": result.provenance}
         write_atomic(kept, json.dumps(found, indent=1) + "\n")
     return json.loads(kept.read_text())["metrics"]
+
+
+def facts_table(work: Path, split: str) -> str:
+    """What a judge that knows the truth makes of the captions of each sweep: a markdown table.
+
+    Findings that a caption states (by the labeller) are compared with the facts. R@1: the chance to pick the image from
+    500 at random among those with all of these facts; 0 where its own do not agree.
+    """
+    source = PhantomSource(PHANTOMS)
+    records = {r["id"]: r for r in (source.describe(int(i)) for i in source.indices(split))}
+    lines = [
+        "| image_dropout | g | R@1 by facts | captions without error | findings stated |",
+        "|---" * 5 + "|",
+    ]
+    for arm, dropout in DROPOUTS.items():
+        rows = [json.loads(line) for line in (work / arm / "captions.jsonl").read_text().splitlines()]
+        for scale in rows[0]["captions"]:
+            hits, counts = [], []
+            for row in rows:
+                own = records[row["id"]]
+                stated = label_text(row["captions"][scale], LEXICONS[own["modality"]])
+                alike = sum(agrees(record, own["modality"], stated) for record in records.values())
+                found = agrees(own, own["modality"], stated)
+                hits.append(found / (1 + (alike - 1) * 499 / (len(records) - 1)) if found else 0.0)
+                counts.append(len(stated))
+            right = np.mean([hit > 0 for hit in hits])
+            lines.append(
+                f"| {dropout:g} | {scale} | {np.mean(hits):.4f} | {right:.3f} | {np.mean(counts):.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def agrees(record: dict, modality: str, stated: dict[str, str]) -> bool:
+    """Whether a phantom is of the modality and all that is stated of findings is true of it."""
+    findings = record["facts"]["findings"]
+    return record["modality"] == modality and all(
+        findings[name]["presence"] == status for name, status in stated.items()
+    )
 
 
 def shuffled_phantoms(folder: Path) -> Path:
@@ -189,6 +232,7 @@ def main() -> None:
             work / arm, results, load_components(trained[arm]), suite, title
         )
     plot_frontier(curves, results / "frontier.png", title="Guided captions of phantoms")
+    write_atomic(results / "facts.md", facts_table(work, split))
 
     asked = tuple(range(4, 21))
     lengths = judged(
