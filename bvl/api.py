@@ -178,7 +178,7 @@ class Model:
         return best_captions(
             self.components,
             images,
-            options=decode_options(self.components, best_of=best_of, max_length=max_length, **search),
+            options=decode_options(self.config, best_of=best_of, max_length=max_length, **search),
             scorer=judge,
             batch_size=batch_size,
             guidance=guidance,

@@ -174,14 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--text-field", default="caption", help="field with the text or texts (default caption)"
     )
-    score.add_argument("--bins", type=_positive, default=8, help="number of bins of quality (default 8)")
+    score.add_argument("--bins", type=_positive, help="number of bins of quality (default 8)")
     score.add_argument(
         "--by",
         choices=("width", "count"),
-        default="width",
         help="bins of equal width (default), or equally full",
     )
-    score.add_argument("--edges", metavar="FILE", help="take the bins of another .quality.json")
+    score.add_argument("--edges", metavar="FILE", help="take the bins of another .quality.json instead")
     score.add_argument("--split", help="split to read and write, default: all")
     _reading(score)
     return parser

@@ -237,7 +237,7 @@ def test_best_of_takes_what_the_scorer_likes(components):
     candidates = captioning.write_captions(
         components,
         prepared.pixels,
-        options=decode_options(components, temperature=1.0, best_of=6),
+        options=decode_options(components.config, temperature=1.0, best_of=6),
         controls={"length": 5, "prompt": [item.prompt for item in prepared.items]},
         batch_size=8,
     )
@@ -330,6 +330,7 @@ def test_a_folder_gives_a_suite_of_captions(components, tmp_path):
         ({"max_images": 1}, "max_images=1"),
         ({"guidance": -1.0}, "guidance=-1.0"),
         ({"guidance": float("nan")}, "guidance=nan"),
+        ({"guidance_null": "text"}, "guidance_null='text'"),
         ({"length": 0}, "length=0"),
         ({"length": ()}, "length="),
         ({"lexicon": "skin"}, "lexicon='skin'"),
@@ -341,9 +342,49 @@ def test_bad_options(options, part):
         Captions(source=ALL, **options)
 
 
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        (
+            {"task": "contrastive"},
+            "task='contrastive' does not write captions; tasks are contrastive, caption",
+        ),
+        ({"beams": 4, "groups": 3}, "groups=3 does not divide beams=4"),
+        ({"top_k": 5}, "set temperature"),
+        ({"max_length": 16}, "max_length=16: this run was trained on texts of up to 15 tokens"),
+        ({"section": "history"}, "section='history': the run knows caption, impression"),
+        ({"quality": 3}, "quality=3: the run knows bins from 0 to 2"),
+        ({"length": (4, 13)}, "length=.* the run knows up to 12 words"),
+        ({"best_of": 3, "beams": 2}, "best_of=3 with beams=2"),
+    ],
+)
+def test_what_a_run_cannot_write_is_said_before_training(components, options, part):
+    with pytest.raises(ConfigError, match=part):
+        Captions(source=ALL, **options).check_config(components.config)
+
+
+def test_choosing_needs_a_contrastive_task_or_a_scorer(components, alone):
+    suite = Captions(source=ALL, best_of=2, beams=2)
+    suite.check_config(components.config)
+    dataclasses.replace(suite, scorer="runs/judge").check_config(alone.config)
+    with pytest.raises(ConfigError, match="best_of=2 needs a contrastive model"):
+        suite.check_config(alone.config)
+
+
+def test_a_folder_for_a_captioner_alone(alone, tmp_path):
+    write_phantoms(tmp_path / "p", PHANTOMS, 60)
+    assert list(suites_for(tmp_path / "p", config=alone.config)) == ["caption_p"]
+    (tmp_path / "records.jsonl").write_text('{"id": "0", "image": "a.png", "labels": ["x"]}\n')
+    with pytest.raises(DataError, match="(?s)nothing to evaluate.*no task of type Contrastive, only caption"):
+        suites_for(tmp_path, config=alone.config)
+    # Options of captions are not for nothing: what is wrong with the records is an error of its own.
+    with pytest.raises(DataError, match="captions need 2"):
+        suites_for(tmp_path, config=alone.config, captions={"beams": 2})
+
+
 def test_bad_runs_and_records(components, tmp_path):
     suite = Captions(source=ALL)
-    with pytest.raises(ConfigError, match="named 'caption', and this run has contrastive \\(Contrastive\\)"):
+    with pytest.raises(ConfigError, match="no task of type Caption, only contrastive \\(Contrastive\\)"):
         suite.run(tiny_components(), batch_size=16)
     config = tiny_config(tmp_path / "run", eval=EvalConfig(suites={"caption_x": suite}))
     with pytest.raises(ConfigError, match="caption_x reads the task 'caption'; tasks are contrastive"):

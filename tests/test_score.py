@@ -62,7 +62,8 @@ def write(folder, **changes):
 
 
 def score(components, place, out, **options):
-    return score_records(components, place, out, **{"batch_size": 8, "bins": 3} | options)
+    bins = {} if "edges_file" in options else {"bins": 3}
+    return score_records(components, place, out, **{"batch_size": 8} | bins | options)
 
 
 def cosines(components, folder):
@@ -166,6 +167,9 @@ def test_edges_of_other_records(tmp_path, place, components):
             score(components, place, tmp_path / "x", edges_file=tmp_path / "bad.json")
     with pytest.raises(DataError, match="no such file"):
         score(components, place, tmp_path / "x", edges_file=tmp_path / "none.json")
+    for given in ({"bins": 4}, {"by": "width"}):
+        with pytest.raises(ConfigError, match="are bins already: leave out bins and by"):
+            score(components, place, tmp_path / "x", edges_file=whole.edges_file, **given)
 
 
 def test_pixels_within_files_are_written_beside(tmp_path, place, components):

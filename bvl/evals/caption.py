@@ -23,6 +23,7 @@ from bvl.evals.base import (
     describe,
     encode_records,
     fields_of,
+    has_contrastive,
     load_pixels,
     provenance,
     with_images,
@@ -37,13 +38,13 @@ from bvl.evals.caption_scores import (
     stated_findings,
     text_scores,
 )
-from bvl.evals.writing import best_captions, decode_options, own_scorer
+from bvl.evals.writing import best_captions, check_can_choose, decode_options, own_scorer
 from bvl.metrics.caption_text import num_words
 from bvl.metrics.labeller import Lexicon, label_text
 from bvl.metrics.lexicon import CHEST_LEXICON
 from bvl.runs import Components, load_components
 from bvl.tasks.caption import Caption
-from bvl.tasks.captioning import GuidanceNull, check_scorer, longest_text
+from bvl.tasks.captioning import GuidanceNull, caption_task, captioning_task_of, check_scorer, longest_text
 from bvl.tasks.contrastive import embed_texts
 
 
@@ -131,6 +132,8 @@ class Captions(Suite):
         asked = self.length if isinstance(self.length, tuple | list) else (self.length,)
         if not asked or any(isinstance(n, int) and n < 1 for n in asked):
             raise ConfigError(f"length={self.length}: ask for at least 1 word")
+        if self.guidance_null not in ("image", "controls", "both"):
+            raise ConfigError(f"guidance_null={self.guidance_null!r}: choose image, controls or both")
         if self.lexicon not in ("none", "phantoms", "chest"):
             raise ConfigError(f"lexicon={self.lexicon!r}: choose none, phantoms or chest")
         self.source.choice(self.text)
@@ -144,20 +147,31 @@ class Captions(Suite):
 
     def check_config(self, config: Config) -> None:
         """Raise ConfigError for a run that cannot write what the suite asks for."""
-        task = config.tasks.get(self.task)
-        if not isinstance(task, Caption):
-            there = ", ".join(f"{name} ({type(t).__name__})" for name, t in config.tasks.items())
+        captioning_task_of(config)
+        if not isinstance(config.tasks.get(self.task), Caption):
             raise ConfigError(
-                f"captions need a task of type Caption named {self.task!r}, and this run has {there}: add it to tasks, "
-                "or name another by the suite's task="
+                f"task={self.task!r} does not write captions; tasks are {', '.join(config.tasks)}"
             )
+        controls = config.data.controls
         for name in ("section", "length", "quality"):
-            if getattr(self, name) is not None and name not in config.data.controls.enabled:
+            if getattr(self, name) is not None and name not in controls.enabled:
                 option = {"section": "sections", "length": "lengths"}.get(name, name)
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is asked for, but the run is trained without it; set "
                     f"data.controls.{option}"
                 )
+        if self.section is not None and self.section not in controls.sections:
+            raise ConfigError(f"section={self.section!r}: the run knows {', '.join(controls.sections)}")
+        if self.quality is not None and not 0 <= self.quality < controls.quality:
+            raise ConfigError(f"quality={self.quality}: the run knows bins from 0 to {controls.quality - 1}")
+        asked = self.length if isinstance(self.length, tuple | list) else (self.length,)
+        exact = isinstance(controls.lengths, int)
+        if exact and any(isinstance(n, int) and n > controls.lengths for n in asked):
+            raise ConfigError(
+                f"length={self.length}: the run knows up to {controls.lengths} words, which also stands for more"
+            )
+        self._decode_options(config)
+        check_can_choose(self.best_of, has_scorer=self.scorer is not None or has_contrastive(config))
 
     def check_records(self) -> None:
         _ = self._references, self._language_model, self._scorer
@@ -212,10 +226,6 @@ class Captions(Suite):
 
     def write(self, components: Components, prepared: Prepared, *, always_guided: bool = False) -> list[str]:
         """A caption for each of the prepared images. always_guided: see `write_captions`."""
-        names = [
-            f.name for f in dataclasses.fields(DecodeOptions) if f.name not in ("num_return", "exact_stop")
-        ]
-        search = {name: getattr(self, name) for name in names}
         originals = None
         if self.best_of > 1 and prepared.scorer is not None:
             indices = [item.index for item in prepared.items]
@@ -223,7 +233,7 @@ class Captions(Suite):
         return best_captions(
             components,
             prepared.pixels,
-            options=decode_options(components, best_of=self.best_of, **search),
+            options=self._decode_options(components.config),
             scorer=prepared.scorer,
             originals=originals,
             batch_size=min(self.decode_batch_size, len(prepared.items)),
@@ -239,6 +249,12 @@ class Captions(Suite):
             seed=self.seed,
             always_guided=always_guided,
         )
+
+    def _decode_options(self, config: Config) -> DecodeOptions:
+        fields = {f.name for f in dataclasses.fields(DecodeOptions)} & {
+            f.name for f in dataclasses.fields(self)
+        }
+        return decode_options(config, best_of=self.best_of, **{name: getattr(self, name) for name in fields})
 
     def judge(self, components: Components, prepared: Prepared, captions: Sequence[str]) -> EvalResult:
         """The scores of one caption for each of the prepared images."""
@@ -394,7 +410,11 @@ class Captions(Suite):
 
     @functools.cached_property
     def _language_model(self) -> Components | None:
-        return None if self.language_model is None else load_components(self.language_model)
+        if self.language_model is None:
+            return None
+        language_model = load_components(self.language_model)
+        caption_task(language_model)
+        return language_model
 
     def _scorer_of(self, components: Components) -> Components | None:
         return self._scorer if self._scorer is not None else own_scorer(components)

@@ -13,11 +13,12 @@ from bvl.data.long_texts import LongTexts
 from bvl.data.records import select_split
 from bvl.data.sources import Source
 from bvl.errors import ConfigError, DataError
-from bvl.evals.base import Suite, fields_of, overlaps_training, same_place
+from bvl.evals.base import Suite, fields_of, has_contrastive, overlaps_training, same_place
 from bvl.evals.caption import Captions, has_facts
 from bvl.evals.retrieval import Retrieval
 from bvl.evals.zeroshot import ZeroShot
 from bvl.tasks.caption import Caption
+from bvl.tasks.captioning import captioning_task_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def suites_for(
 ) -> dict[str, Suite]:
     """The suites of a folder of records, by name: `retrieval_<name>`, `zeroshot_<name>` and `caption_<name>`.
 
-    What was chosen is logged. Captions are for runs with a Caption task, the other two for those that embed texts.
+    What was chosen is logged. Captions are for runs with a Caption task, the other two for those with a Contrastive one.
     Retrieval runs where records have a text. Zero-shot takes one class an image where every record that has labels
     has exactly one (named by its class_prompt, if there is one, else by its label), and each label on its own
     ("label" against "no label") otherwise.
@@ -95,10 +96,13 @@ def suites_for(
     order, None = all; 1 = that of the first of these fields that there is.
     captions: fields of the `Captions` suite; its references are the texts that the run was trained on, where the
     records have them, else those of the first field.
-    Raises DataError if the records allow none, ConfigError for `captions` of a run without the task.
+    Raises DataError if the records allow none, or no captions where `captions` asks for them; ConfigError for
+    `captions` of a run without the task.
     """
-    if captions:
-        captioner_of(config)
+    if captions or only_captions:
+        if config is None:
+            raise ConfigError("captions are written by a run: give its config")
+        captioning_task_of(config)
     source = source_at(folder, config=config, image_column=image_column, text_column=text_column)
     records = source.read()
     name = name or records.name
@@ -122,16 +126,23 @@ def suites_for(
     suites: dict[str, Suite] = {}
     reasons = []
     makers = {}
-    if not only_captions and (config is None or config.model.embeds_text):
+    if not only_captions and config is not None and not has_contrastive(config):
+        reasons.append(
+            "no retrieval and zeroshot: the run has no task of type Contrastive, only "
+            + ", ".join(f"{task} ({type(options).__name__})" for task, options in config.tasks.items())
+        )
+    elif not only_captions:
         makers["retrieval"] = lambda: _retrieval(source, texts_per_image, long_texts)
         makers["zeroshot"] = lambda: _zeroshot(source)
-    if only_captions or _captioners(config):
+    if config is not None and any(isinstance(task, Caption) for task in config.tasks.values()):
         makers["caption"] = lambda: _captions(source, config, captions or {})
     for suite_name, make in makers.items():
         try:
             suite = make()
             suite.check_records()
         except DataError as error:
+            if suite_name == "caption" and captions:
+                raise
             reasons.append(f"no {suite_name}: {error}")
             logger.info("%s: no %s, since %s", name, suite_name, error)
             continue
@@ -147,22 +158,14 @@ def _trained_splits(config: Config | None, folder: str) -> set[str | None]:
     return {source.split for source in trained if same_place(source, Source(root=folder))}
 
 
-def captioner_of(config: Config | None) -> str:
-    """The name of a run's captioning task; ConfigError, with the tasks that there are, where it has none."""
-    names = _captioners(config)
-    if not names:
-        there = ", ".join(f"{n} ({type(t).__name__})" for n, t in config.tasks.items()) if config else "none"
-        raise ConfigError(f"this run cannot write captions: it has no task of type Caption, only {there}")
-    return names[0]
-
-
-def _captioners(config: Config | None) -> list[str]:
-    tasks = {} if config is None else config.tasks
-    return [name for name, task in tasks.items() if isinstance(task, Caption)]
+def _captioner(config: Config) -> str:
+    """The name of a run's captioning task."""
+    task = captioning_task_of(config)
+    return next(name for name, other in config.tasks.items() if other is task)
 
 
 def _captions(source: Source, config: Config, options: Mapping[str, Any]) -> Suite:
-    suite = Captions(source=source, task=captioner_of(config), **options)
+    suite = Captions(source=source, task=_captioner(config), **options)
     suite.check_config(config)
     record_set = suite.opened()
     records = [record_set.describe(i) for i in range(len(record_set))]

@@ -25,9 +25,10 @@ from bvl.data.long_texts import LongTexts, warn_of_cuts
 from bvl.data.manifests import ARRAY_RECORD_SUFFIXES, PARQUET_SUFFIXES, TEXT_SUFFIXES
 from bvl.data.records import Record, RecordFolder, assign_splits, select_split
 from bvl.errors import ConfigError, DataError, ImageError
+from bvl.evals.base import has_contrastive
 from bvl.evals.folder import source_at
 from bvl.runs import Components, write_atomic
-from bvl.tasks.contrastive import Contrastive, embed_images, embed_texts
+from bvl.tasks.contrastive import embed_images, embed_texts
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,8 @@ def score_records(
     out: str | Path,
     *,
     text_field: str = "caption",
-    bins: int = 8,
-    by: Literal["width", "count"] = "width",
+    bins: int | None = None,
+    by: Literal["width", "count"] | None = None,
     edges_file: str | Path | None = None,
     split: str | None = None,
     image_column: str | None = None,
@@ -95,15 +96,21 @@ def score_records(
 
     out: a new .jsonl file, or a folder, in which it becomes records.jsonl. Beside it goes a .quality.json with the
       edges of the bins, which come from the split "train" where there is one among the records.
+    bins, by: number and kind of the bins, see `quality_edges`; None = 8 of equal "width".
     edges_file: such a file of other records, whose edges are taken: a quality then means the same in both.
     split: which records are written, None = all. image_column, text_column: see `source_at`.
-    Raises ConfigError for a run without a contrastive task; DataError if `out` exists or nothing can be scored.
+    Raises ConfigError for a run without a contrastive task, and for `bins` or `by` beside `edges_file`; DataError if `out` exists or nothing can be scored.
     """
-    if not any(isinstance(task, Contrastive) for task in components.config.tasks.values()):
+    if not has_contrastive(components.config):
         raise ConfigError(
             f"scoring needs a run with a contrastive task; the tasks of this one are "
             f"{', '.join(components.config.tasks)}"
         )
+    if edges_file is not None and not (bins is None and by is None):
+        raise ConfigError(
+            f"the edges of {edges_file} are bins already: leave out bins and by (--bins, --by), or edges_file (--edges)"
+        )
+    bins, by = 8 if bins is None else bins, by or "width"
     manifest = _new_manifest(Path(out))
     given = None if edges_file is None else _read_edges(Path(edges_file))
     source = source_at(

@@ -22,8 +22,9 @@ from bvl.decode.guidance import check_guidance
 from bvl.errors import ConfigError
 from bvl.evals.base import EvalResult
 from bvl.evals.caption import Captions
-from bvl.evals.folder import captioner_of, suites_for
+from bvl.evals.folder import suites_for
 from bvl.runs import Components, write_atomic
+from bvl.tasks.captioning import captioning_task_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def suite_for(
     options: fields of `Captions` that replace the suite's own. Raises ConfigError for a run without captions, or
     without a suite where no `data` is given.
     """
-    captioner_of(config)
+    captioning_task_of(config)
     if data is not None:
         suites = suites_for(data, split=split, config=config, captions=options, only_captions=True)
         return next(iter(suites.values()))

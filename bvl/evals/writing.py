@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bvl.config import Config
 from bvl.decode.options import DecodeOptions
 from bvl.errors import ConfigError
+from bvl.evals.base import has_contrastive
 from bvl.runs import Components
-from bvl.tasks.captioning import check_scorer, longest_text, rerank, write_captions
-from bvl.tasks.contrastive import Contrastive
+from bvl.tasks.captioning import check_scorer, rerank, write_captions
 
 
 def decode_options(
-    components: Components, *, best_of: int = 1, max_length: int | None = None, **search: Any
+    config: Config, *, best_of: int = 1, max_length: int | None = None, **search: Any
 ) -> DecodeOptions:
     """The options of a search that gives `best_of` candidates; max_length=None: as long as training texts can be.
 
-    Candidates are independent samples at a temperature above 0, else the best of the beams.
+    Candidates are independent samples at a temperature above 0, else the best of the beams. Raises ConfigError for
+    what no search can use, and for texts longer than the run of `config` was trained on.
     """
     if best_of < 1:
         raise ConfigError(f"best_of={best_of}: must be at least 1")
@@ -26,14 +28,30 @@ def decode_options(
             f"best_of={best_of} with beams={search.get('beams', 1)}: set beams as high, or a temperature above 0 for "
             "independent samples"
         )
-    max_length = longest_text(components) if max_length is None else max_length
-    return DecodeOptions(max_length=max_length, num_return=best_of, **search)
+    # The start token of the context is no part of what is written.
+    longest = config.data.tokenizer.context_length - 1
+    options = DecodeOptions(
+        max_length=longest if max_length is None else max_length, num_return=best_of, **search
+    )
+    if options.max_length > longest:
+        raise ConfigError(
+            f"max_length={max_length}: this run was trained on texts of up to {longest} tokens "
+            "(data.tokenizer.context_length)"
+        )
+    return options
 
 
 def own_scorer(components: Components) -> Components | None:
     """The run itself where a Contrastive task has trained its embeddings, which else say nothing."""
-    trained = any(isinstance(task, Contrastive) for task in components.config.tasks.values())
-    return components if trained and components.model.config.embeds_text else None
+    return components if has_contrastive(components.config) else None
+
+
+def check_can_choose(best_of: int, *, has_scorer: bool) -> None:
+    """Raise ConfigError for several candidates and none who could choose."""
+    if best_of > 1 and not has_scorer:
+        raise ConfigError(
+            f"best_of={best_of} needs a contrastive model to choose, which this run is not: name one as scorer"
+        )
 
 
 def best_captions(
@@ -51,12 +69,8 @@ def best_captions(
     originals: the images as the scorer is to read them, where `images` were already made ready for the captioner.
     how: further arguments of `write_captions`. Raises ConfigError for several candidates without a scorer.
     """
+    check_can_choose(options.num_return, has_scorer=scorer is not None)
     if options.num_return > 1:
-        if scorer is None:
-            raise ConfigError(
-                f"best_of={options.num_return} needs a contrastive model to choose, which this run is not: name one as "
-                "scorer"
-            )
         check_scorer(scorer)
     candidates = write_captions(components, images, options=options, batch_size=batch_size, **how)
     if options.num_return == 1:
