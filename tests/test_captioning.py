@@ -41,8 +41,8 @@ def captions(components, images, *, options=GREEDY, **changes):
     return [row[0].tokens for row in rows]
 
 
-def recomputed(components, image, prefix, *, scale=None, null_prefix=None):
-    """Greedy, with the whole sequence read again for every token, and in numpy what guidance does."""
+def full_recomputation(components, image, prefix, *, scale=None, null_prefix=None):
+    """words -> log-probabilities of the next one, from the whole sequence read anew, and in numpy what guidance does."""
     model, tokenizer, pre = components.model, components.tokenizer, components.preprocess
     apply = functools.partial(model.apply, {"params": components.params["model"]})
     pixels = normalize_image(jnp.asarray(components.pixels(image))[None], pre.mean, pre.std, jnp.float32)
@@ -55,21 +55,31 @@ def recomputed(components, image, prefix, *, scale=None, null_prefix=None):
         visual = apply(tokens, dropped[None], method="visual_tokens")
         return apply(*visual, row[None], mask[None], method="decode_train")[0] @ table.T
 
-    def log_probs(dropped, prefix, words):
+    def share_of_allowed(values):
+        values[banned] = -np.inf
+        return values - np.log(np.exp(values - values.max()).sum()) - values.max()
+
+    def logits_after(dropped, prefix, words):
         # Always one length, so that it is compiled once.
         after = np.arange(GREEDY.max_length) < len(words)
         row = np.concatenate([prefix[0], np.resize([*words, 0], GREEDY.max_length)]).astype(np.int32)
         logits = logits_of(jnp.asarray(dropped), row, np.concatenate([prefix[1], after]))
-        logits = np.asarray(logits)[len(prefix[0]) + len(words) - 1]
-        return logits - np.log(np.exp(logits).sum())
+        return np.array(logits, np.float64)[len(prefix[0]) + len(words) - 1]
 
-    words = []
-    while len(words) < GREEDY.max_length and (not words or words[-1] != tokenizer.end_id):
-        value = log_probs(False, prefix, words)
+    def merged(words):
+        value = logits_after(False, prefix, words)
         if scale is not None:
-            value = (1 - scale) * log_probs(True, null_prefix or prefix, words) + scale * value
-        value[banned] = -np.inf
-        words.append(int(value.argmax()))
+            value = (1 - scale) * logits_after(True, null_prefix or prefix, words) + scale * value
+        return share_of_allowed(value)
+
+    return merged
+
+
+def recomputed(components, *args, **changes):
+    """Greedy captions from `full_recomputation`."""
+    log_probs_of, words = full_recomputation(components, *args, **changes), []
+    while len(words) < GREEDY.max_length and (not words or words[-1] != components.tokenizer.end_id):
+        words.append(int(log_probs_of(words).argmax()))
     return tuple(words)
 
 
@@ -200,12 +210,16 @@ def test_captions_begin_as_told(components, images):
         captions(components, images, begin="no nodule is seen in the left lung of this patient")
 
 
-def test_log_probabilities_are_those_of_the_texts(components, images):
-    """Without what may not be written the probabilities are shared among the others."""
-    row = write_captions(
-        components, images, options=DecodeOptions(max_length=6, beams=3, num_return=3), batch_size=4
-    )
-    for candidates in row:
+@pytest.mark.parametrize("scale", [None, 2.5])
+def test_log_probabilities_are_those_of_the_texts(components, images, scale):
+    """The probability of what may not be written is shared among the others. Tolerance 1e-4: sums of six in f32."""
+    options = DecodeOptions(max_length=6, beams=3, num_return=3)
+    rows = write_captions(components, images, options=options, batch_size=4, guidance=scale or 1.0)
+    for image, candidates in zip(images, rows, strict=True):
+        log_probs_of = full_recomputation(components, image, prefix_of(components), scale=scale)
+        for c in candidates:
+            total = sum(log_probs_of(c.tokens[:t])[token] for t, token in enumerate(c.tokens))
+            assert c.log_prob == pytest.approx(total, rel=1e-4)
         scores = [c.score for c in candidates]
         assert scores == sorted(scores, reverse=True)
         assert len({c.tokens for c in candidates}) == 3

@@ -25,6 +25,9 @@ def constrained(log_probs_of, options, *, forbidden=(), forced=None):
 
     def apply(row, text):
         log_probs = log_probs_of(row, text).copy()
+        if forbidden:
+            log_probs[list(forbidden)] = -np.inf
+            log_probs -= np.log(np.exp(log_probs).sum())
         for token in set(text):
             log_probs[token] *= options.repetition_penalty
         n = options.no_repeat_ngram
@@ -35,7 +38,6 @@ def constrained(log_probs_of, options, *, forbidden=(), forced=None):
                     log_probs[token] = -np.inf
         if len(text) < options.min_length:
             log_probs[END] = -np.inf
-        log_probs[list(forbidden)] = -np.inf
         if forced is not None and len(text) < len(forced[row]) and forced[row][len(text)] is not None:
             log_probs[:] = -np.inf
             log_probs[forced[row][len(text)]] = 0.0
@@ -141,6 +143,20 @@ def test_forbidden_tokens_are_never_written(options):
     decoded = run(options, forbidden=forbidden)
     assert_follows(decoded, constrained(TOY.log_probs, options, forbidden=(2, 3)), options)
     assert not np.isin(decoded.tokens, [2, 3]).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_forbidden_tokens_leave_their_guided_probability_to_the_others(scale):
+    """However likely they are: what may be written has probability 1 in all, on each side and after the mix."""
+    options, kept = DecodeOptions(max_length=1, beams=2, num_return=2), [0, 4]
+    assert END in kept
+    decoded = run(options, forbidden=~np.isin(np.arange(5), kept), guidance=scale)
+    np.testing.assert_allclose(np.exp(decoded.log_probs).sum(-1), 1.0, rtol=1e-5)
+    for row in ROWS:
+        conditional, null = (TOY.log_probs(number, ())[kept] for number in (row, row + 100))
+        mixed = scale * conditional + (1 - scale) * null
+        mixed -= np.log(np.exp(mixed).sum())
+        np.testing.assert_allclose(decoded.log_probs[row], np.sort(mixed)[::-1], rtol=1e-4, atol=1e-6)
 
 
 # Prefixes of three lengths; the last also leaves its first place free, and ends the text.

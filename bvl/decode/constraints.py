@@ -1,6 +1,7 @@
 """What a text may not say: log-probabilities with -inf where a token is ruled out.
 
-Applied to merged log-probabilities, so with guidance to the guided ones. Nothing is renormalised.
+`without` rules out tokens for good, before log-probabilities are made. All else is applied to merged log-probabilities,
+so with guidance to the guided ones, and nothing is renormalised.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from bvl.decode.options import DecodeOptions
+from bvl.decode.state import Merge
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constraints:
-    """`forbidden[v]`: token v is never written. Row i's t-th token is forced[i, t] where forced_mask[i, t]."""
+    """Row i's t-th token is forced[i, t] where forced_mask[i, t]."""
 
     options: DecodeOptions
     end_id: int
-    forbidden: Bool[Array, " V"] | None = None
     forced: Int[Array, "b F"] | None = None
     forced_mask: Bool[Array, "b F"] | None = None
 
@@ -37,11 +38,16 @@ class Constraints:
         if options.min_length:
             ends = jnp.arange(log_probs.shape[-1]) == self.end_id
             log_probs = jnp.where(ends & (t < options.min_length), -jnp.inf, log_probs)
-        if self.forbidden is not None:
-            log_probs = jnp.where(self.forbidden, -jnp.inf, log_probs)
         if self.forced is not None:
             log_probs = force(log_probs, self.forced, self.forced_mask, t)
         return log_probs
+
+
+def without(merge: Merge, forbidden: Bool[Array, " V"] | None) -> Merge:
+    """`merge` of logits in which token v is impossible where forbidden[v]."""
+    if forbidden is None:
+        return merge
+    return lambda logits: merge(jnp.where(forbidden, -jnp.inf, logits))
 
 
 def penalize_repetition(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from bvl.decode.beam import beam_search
-from bvl.decode.constraints import Constraints
+from bvl.decode.constraints import Constraints, without
 from bvl.decode.options import DecodeOptions
 from bvl.decode.sampling import walk
 from bvl.decode.state import Cache, Decoded, Merge, Step, log_softmax
@@ -36,14 +36,14 @@ def search(
     `rng` is needed for sampling: one key, folded with the row's place in the batch, or a key a row. What a row
     draws depends on its key alone, so rows that fill up a batch change nothing for the others.
 
-    `forbidden[v]`: token v is never written. Row i's t-th token is forced[i, t] where forced_mask[i, t] (default:
+    `forbidden[v]`: token v is never written, and its probability is shared among the others before `merge`, so that
+    log-probabilities, guided ones too, are of what may be written. Row i's t-th token is forced[i, t] where forced_mask[i, t] (default:
     everywhere), whatever else forbids it. Raises UserError for sampling without `rng`.
     """
-    constrain = Constraints(
-        options=options, end_id=end_id, forbidden=forbidden, forced=forced, forced_mask=forced_mask
-    )
+    constrain = Constraints(options=options, end_id=end_id, forced=forced, forced_mask=forced_mask)
+    merge = merge or log_softmax
     shared = dict(
-        options=options, end_id=end_id, pad_id=pad_id, merge=merge or log_softmax, constrain=constrain
+        options=options, end_id=end_id, pad_id=pad_id, merge=without(merge, forbidden), constrain=constrain
     )
     if options.beams > 1:
         return beam_search(logits, cache, step, **shared)
