@@ -233,6 +233,18 @@ def test_the_length_is_that_of_what_is_shown(tmp_path):
     assert set(shown(cut, 1)) == {("lung lung lung lung lung lung", "[START] [LENGTH_6]")}
 
 
+def test_the_length_counts_words_as_a_written_caption_has_them(tmp_path):
+    """Splitting at punctuation is not undone everywhere; what training says of a text must hold for the decoded one."""
+    controls = Controls(lengths=9, dropout=0.0)
+    records = [{"id": text, "caption": text} for text in ("x-ray", "2.5 cm", "clear - no")]
+    pipe = pipeline(tmp_path, controls, records, text="caption")
+    assert set(shown(pipe)) == {
+        ("x-ray", "[START] [LENGTH_1]"),
+        ("2. 5 cm", "[START] [LENGTH_3]"),
+        ("clear-no", "[START] [LENGTH_1]"),
+    }
+
+
 def test_the_other_keys_stay_as_they_are(tmp_path):
     """Controls are drawn last: what else a run sees does not depend on them."""
     without = pipeline(tmp_path, Controls(), keys=KEYS - {"prompt", "prompt_mask"}, word_dropout=0.3)

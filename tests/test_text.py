@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
 from bvl.data.text import MASK, PAD, START, Tokenizer, TokenizerConfig
 from bvl.errors import ConfigError, DataError
@@ -55,12 +56,25 @@ def test_encode_and_decode(tokenizer):
 
 def test_words_with_hyphens_and_numbers_stay_whole():
     """The length of a caption is counted in words: "x-ray" is one."""
-    text = "chest x-ray with a mixed-echo mass (see arrow), 2.5 cm; 30% of the patient's lung and/or liver."
+    text = "chest x-ray with a mixed-echo mass (see arrow), 2 cm; 30% of the patient's lung and/or liver."
     made = Tokenizer.train([text], TokenizerConfig(vocab_size=300))
     assert made.decode(made.encode(text)[0]) == text
-    two = "no cyst. there is a stone."
-    made = Tokenizer.train([two], TokenizerConfig(vocab_size=300))
-    assert made.decode(made.encode(two)[0]) == two
+    for two in ("no cyst. there is a stone.", "grade 2. 3 nodules."):
+        made = Tokenizer.train([two], TokenizerConfig(vocab_size=300))
+        assert made.decode(made.encode(two)[0]) == two == made.as_shown(two)
+
+
+def test_a_text_as_shown_ends_with_the_context():
+    made = Tokenizer.train(TEXTS, TokenizerConfig(vocab_size=400, context_length=5))
+    assert made.as_shown("Left-sided effusion of moderate size") == "left-sided"
+    assert made.unknown_id == made.token_id("[UNK]")
+
+
+@pytest.mark.parametrize("name, found", [("<unk>", 4), ("<|unk|>", 4), ("[PAD]", None)])
+def test_the_unknown_token_of_a_loaded_vocabulary(tmp_path, name, found):
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "lung": 3, name: 4}
+    model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token=name))
+    assert Tokenizer(model, 8).unknown_id == found
 
 
 def test_bpe_decodes_what_it_never_saw():

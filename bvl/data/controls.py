@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class Controls:
     lengths: n = one token for each number of words from 1 to n, where n also stands for more; or rising upper edges
       of bins, such as (5, 10, 20), with one bin more above them. Counted are the words that training shows: those
       that are left after word_dropout, up to where the context ends.
+      Words are those of the text as the tokenizer gives it back, which is how the words of a written caption are
+      counted.
     quality: number of bins of a record's "quality", the last one best (`bvl data score` writes them); 0 = off.
     prompt: field of the record with free text to put in front, such as a question. prompt_tokens: room for it.
     dropout: each control of a training text is left out with this probability, so that it can be left out later.
@@ -108,9 +110,9 @@ class Controls:
 
         Raises DataError for a quality beyond the bins, and for a prompt that is no text.
         """
-        known = {
+        known: dict[str, Any] = {
             "section": text.option if text.option in self.sections else None,
-            "length": self.length_of(tokenizer.up_to_context(text.text)) if self.lengths else None,
+            "length": self.length_of(tokenizer.as_shown(text.text)) if self.lengths else None,
             "quality": self.quality_of(text, record) if self.quality else None,
             "prompt": self.prompt_of(record),
         }
@@ -139,28 +141,34 @@ class Controls:
         return value if value and value.strip() else None
 
     def check_records(
-        self, records: Sequence[tuple[Mapping[str, Any], Sequence[ChosenText]]], tokenizer: Tokenizer
+        self, records: Iterable[tuple[Mapping[str, Any], Sequence[ChosenText]]], tokenizer: Tokenizer
     ) -> list[str]:
         """What a log should say of records and their texts; raises DataError for a control that none of them has."""
+        num_records = num_texts = unscored = num_prompts = cut = 0
+        for record, texts in records:
+            num_records += 1
+            if self.quality:
+                num_texts += len(texts)
+                unscored += sum(self.quality_of(text, record) is None for text in texts)
+            if (prompt := self.prompt_of(record)) is not None:
+                num_prompts += 1
+                cut += len(tokenizer.ids(prompt)) > self.prompt_tokens
         notes = []
         if self.quality:
-            qualities = [self.quality_of(text, record) for record, texts in records for text in texts]
-            absent = sum(quality is None for quality in qualities)
-            if absent == len(qualities):
+            if unscored == num_texts:
                 raise DataError(
                     f"data.controls.quality={self.quality}, but no text that is read has a quality; `bvl data score` "
                     f"writes it into the records"
                 )
-            notes.append(f"controls: {absent} of {len(qualities)} texts have no quality")
+            notes.append(f"controls: {unscored} of {num_texts} texts have no quality")
         if self.prompt is not None:
-            prompts = [p for record, _ in records if (p := self.prompt_of(record)) is not None]
-            if not prompts:
+            if not num_prompts:
                 raise DataError(f"data.controls.prompt={self.prompt!r}, but no record has this field")
-            absent = len(records) - len(prompts)
-            notes.append(f"controls: {absent} of {len(records)} records have no {self.prompt!r}")
-            if cut := sum(n > self.prompt_tokens for n in tokenizer.lengths(prompts)):
+            absent = num_records - num_prompts
+            notes.append(f"controls: {absent} of {num_records} records have no {self.prompt!r}")
+            if cut:
                 notes.append(
-                    f"controls: {cut} of {len(prompts)} prompts are longer than their room of {self.prompt_tokens} "
+                    f"controls: {cut} of {num_prompts} prompts are longer than their room of {self.prompt_tokens} "
                     f"tokens and are cut (data.controls.prompt_tokens)"
                 )
         return notes

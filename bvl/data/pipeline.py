@@ -148,11 +148,11 @@ class Pipeline:
         self._class_index = {name: i for i, name in enumerate(classes)}
         self._control_notes: list[str] = []
         if self._with_prompt and {"quality", "prompt"} & set(config.controls.enabled):
-            records = [
+            records = (
                 (record := s.describe(int(i)), s.choice.in_order(record))
                 for s, index in zip(sets, self.indices, strict=True)
                 for i in index
-            ]
+            )
             self._control_notes = config.controls.check_records(records, tokenizer)
 
     @property

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "start": (START, "[CLS]", "<s>", "<|startoftext|>", "<start_of_text>"),
     "end": (END, "[SEP]", "</s>", "<|endoftext|>", "<end_of_text>"),
     "mask": (MASK, "<mask>"),
+    "unknown": (UNKNOWN, "<unk>", "<|unk|>"),
 }
 
 
@@ -54,6 +55,7 @@ class Tokenizer:
     """A Hugging Face `tokenizers` model with start, end and padding to a fixed context length.
 
     mask_id: of the token that hides a word from a masked language model; None where the vocabulary has none.
+    unknown_id: of the token that stands for what the vocabulary has not; None where there is none.
     control_ids: of entries that are neither words nor one of the usual special tokens, as `with_tokens` adds them.
     """
 
@@ -64,7 +66,8 @@ class Tokenizer:
         self.context_length = context_length
         self.pad_id, self.start_id, self.end_id = (_role_id(model, role) for role in ("pad", "start", "end"))
         self.mask_id = _find_role(model, "mask")
-        names = {*itertools.chain(*ROLES.values()), UNKNOWN, "<unk>"}
+        self.unknown_id = _find_role(model, "unknown")
+        names = set(itertools.chain(*ROLES.values()))
         self.control_ids = frozenset(
             i
             for i, token in model.get_added_tokens_decoder().items()
@@ -175,11 +178,9 @@ class Tokenizer:
             raise DataError(f"the tokenizer has no token of id {token_id}")
         return token
 
-    def up_to_context(self, text: str) -> str:
-        """The beginning of the text that `encode` keeps."""
-        room = self.context_length - 2
-        offsets = self._model.encode(text, add_special_tokens=False).offsets
-        return text if len(offsets) <= room else text[: offsets[room - 1][1]]
+    def as_shown(self, text: str) -> str:
+        """The text as decoding gives it back, up to the end of the context."""
+        return self.decode(self.ids(text)[: self.context_length - 2])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first end token, without the special tokens and controls."""
@@ -212,9 +213,11 @@ class Tokenizer:
 
 
 def _rejoined(text: str) -> str:
-    """The text with the spaces taken out that WordPiece's splitting at punctuation left: "x - ray", "2. 5", "( ct )"."""
+    """The text with the spaces taken out that WordPiece's splitting at punctuation left: "x - ray", "( ct )".
+
+    Decimals stay apart: "2. 5" may as well be the end of a sentence and the beginning of the next.
+    """
     text = re.sub(r"(?<=\w) ([-/]) (?=\w)| (') (?=s\b)", r"\1\2", text)
-    text = re.sub(r"(?<=\d) ?\. (?=\d)", ".", text)
     return re.sub(r"(?<=[(\[]) | (?=[)\]%;:])", "", text)
 
 
