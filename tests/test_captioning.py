@@ -48,7 +48,9 @@ def full_recomputation(components, image, prefix, *, scale=None, null_prefix=Non
     pixels = normalize_image(jnp.asarray(components.pixels(image))[None], pre.mean, pre.std, jnp.float32)
     tokens = apply(pixels, frozenset({"tokens"}), method="encode_image").tokens
     table = np.asarray(apply(method="vocabulary"))
-    banned = [i for i in (*tokenizer.special_ids, tokenizer.mask_id) if i != tokenizer.end_id]
+    banned = [
+        i for i in (*tokenizer.special_ids, tokenizer.mask_id, tokenizer.unknown_id) if i != tokenizer.end_id
+    ]
 
     @jax.jit
     def logits_of(dropped, row, mask):

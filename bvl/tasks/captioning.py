@@ -145,9 +145,8 @@ def write_captions(
     plain_prefix = _prefix(components, {})
     forced, forced_mask = _forced(components, begin, len(images), options)
     forbidden = np.zeros(tokenizer.vocab_size, bool)
-    forbidden[
-        [i for i in (*tokenizer.special_ids, tokenizer.mask_id) if i not in (tokenizer.end_id, None)]
-    ] = True
+    no_words = {*tokenizer.special_ids, tokenizer.mask_id, tokenizer.unknown_id} - {tokenizer.end_id, None}
+    forbidden[list(no_words)] = True
     numbers = _numbers(first_row, len(images))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
 
