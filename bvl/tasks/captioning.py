@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from bvl.config import Config
@@ -18,7 +19,7 @@ from bvl.decode.guidance import check_guidance, guided_merge, join_steps
 from bvl.decode.options import DecodeOptions
 from bvl.decode.search import Decoded, search
 from bvl.errors import ConfigError, UserError
-from bvl.mesh import replicated
+from bvl.mesh import BATCH_AXES, num_batch_shards, replicated
 from bvl.models.vlm import DualEncoder
 from bvl.runs import Components
 from bvl.tasks.caption import Caption
@@ -148,35 +149,35 @@ def write_captions(
     no_words = {*tokenizer.special_ids, tokenizer.mask_id, tokenizer.unknown_id} - {tokenizer.end_id, None}
     forbidden[list(no_words)] = True
     numbers = _numbers(first_row, len(images))
+    mesh = components.encoder.mesh
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
+    keys = jax.device_put(keys, replicated(mesh))
+    # Every device gets as many rows.
+    size = -(-batch_size // num_batch_shards(mesh)) * num_batch_shards(mesh)
 
     other = None
     if language_model is not None:
         start = _prefix(language_model, {})
         other = {
             # It was loaded onto one device; the captioner may be in training on several.
-            "params": jax.device_put(language_model.params["model"], replicated(components.encoder.mesh)),
-            "prefix": np.tile(start[0], (batch_size, 1)),
-            "mask": np.tile(start[1], (batch_size, 1)),
+            "params": jax.device_put(language_model.params["model"], replicated(mesh)),
+            "prefix": np.tile(start[0], (size, 1)),
+            "mask": np.tile(start[1], (size, 1)),
         }
 
     out: list[list[Candidate]] = []
     for tokens in _token_batches(components, images, batch_size):
         rows = np.arange(len(out), len(out) + len(tokens))
         # A batch is filled up with its first image, so that every batch has one shape.
-        filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
+        filled = np.concatenate([rows, np.full(size - len(rows), rows[0])])
         tokens = tokens[filled - rows[0]]
         prefix, mask = (x[filled] for x in prefixes)
-        dropped = np.zeros(batch_size, bool)
+        dropped = np.zeros(size, bool)
         if guided and language_model is None:
-            null = (
-                [plain_prefix] * batch_size
-                if guidance_null != "image"
-                else list(zip(prefix, mask, strict=True))
-            )
+            null = [plain_prefix] * size if guidance_null != "image" else list(zip(prefix, mask, strict=True))
             prefix = np.concatenate([prefix, np.stack([p for p, _ in null])])
             mask = np.concatenate([mask, np.stack([m for _, m in null])])
-            dropped = np.concatenate([dropped, np.full(batch_size, guidance_null != "controls")])
+            dropped = np.concatenate([dropped, np.full(size, guidance_null != "controls")])
         decoded = generate(
             components.params["model"],
             tokens,
@@ -189,6 +190,7 @@ def write_captions(
             forced=None if forced is None else forced[filled],
             forced_mask=None if forced is None else forced_mask[filled],
             other=other,
+            mesh=mesh,
             model=components.model,
             other_model=None if language_model is None else language_model.model,
             options=options,
@@ -200,7 +202,7 @@ def write_captions(
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("model", "other_model", "options", "end_id", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "other_model", "options", "end_id", "pad_id"))
 def generate(
     params: Any,
     image_tokens: Float[Array, "b l d"],
@@ -214,6 +216,7 @@ def generate(
     forced: Int[Array, "b f"] | None,
     forced_mask: Bool[Array, "b f"] | None,
     other: dict[str, Any] | None,
+    mesh: Mesh,
     model: DualEncoder,
     other_model: DualEncoder | None,
     options: DecodeOptions,
@@ -224,8 +227,67 @@ def generate(
 
     Rows c: the b images, and with guidance then their null rows, unless `other`, a language model's parameters and
     prefix, gives these. scale: None for plain decoding.
+    Each device of the mesh decodes rows of its own, with the whole decoder's parameters, so that nothing is exchanged
+    while it searches; b must divide by the mesh's batch shards.
     """
     count = len(image_tokens)
+    whole, rows, copied = PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES)
+    decode = jax.shard_map(
+        functools.partial(
+            _decode_rows, model=model, other_model=other_model, options=options, end_id=end_id, pad_id=pad_id
+        ),
+        mesh=mesh,
+        in_specs=(
+            *(whole, rows, copied, copied, copied, rows, rows, whole, rows, rows),
+            None if other is None else {"params": whole, "prefix": rows, "mask": rows},
+        ),
+        out_specs=rows,
+        # The loops of the devices end at different times.
+        check_vma=False,
+    )
+    decoded = decode(
+        _decoder_params(params),
+        image_tokens,
+        *(x.reshape(-1, count, *x.shape[1:]) for x in (dropped, prefix, prefix_mask)),
+        scale,
+        rng,
+        forbidden,
+        forced,
+        forced_mask,
+        None if other is None else {**other, "params": _decoder_params(other["params"])},
+    )
+    return jax.lax.with_sharding_constraint(decoded, replicated(mesh))
+
+
+def _decoder_params(params: Any) -> Any:
+    """The model's parameters without the towers, which no device needs whole."""
+    return {name: value for name, value in params.items() if name not in ("image", "text")}
+
+
+def _decode_rows(
+    params: Any,
+    image_tokens: Float[Array, "b l d"],
+    dropped: Bool[Array, "n b"],
+    prefix: Int[Array, "n b p"],
+    prefix_mask: Bool[Array, "n b p"],
+    scale: Float[Array, " b"] | None,
+    rng: Array,
+    forbidden: Bool[Array, " v"],
+    forced: Int[Array, "b f"] | None,
+    forced_mask: Bool[Array, "b f"] | None,
+    other: dict[str, Any] | None,
+    *,
+    model: DualEncoder,
+    other_model: DualEncoder | None,
+    options: DecodeOptions,
+    end_id: int,
+    pad_id: int,
+) -> Decoded:
+    """`generate` on one device; n copies of its b rows."""
+    copies, count = dropped.shape
+    dropped, prefix, prefix_mask = (
+        x.reshape(copies * count, *x.shape[2:]) for x in (dropped, prefix, prefix_mask)
+    )
 
     def start(model: DualEncoder, params: Any, tokens: Any, dropped: Any, prefix: Any, mask: Any):
         apply = functools.partial(model.apply, {"params": params})
@@ -237,7 +299,7 @@ def generate(
 
         return logits, cache, step
 
-    tokens = jnp.tile(image_tokens, (len(dropped) // count, 1, 1))
+    tokens = jnp.tile(image_tokens, (copies, 1, 1))
     logits, cache, step = start(model, params, tokens, dropped, prefix, prefix_mask)
     if other is not None:
         nothing = jnp.zeros((count, 1, other_model.config.image.output_width), image_tokens.dtype)
