@@ -181,6 +181,7 @@ def test_rotary_positions_are_relative():
         (dict(layout="coca", depth=1), "at least one"),
         (dict(unimodal_depth=1), "coca"),
         (dict(num_kv_heads=2), "prefix"),
+        (dict(rope_theta=5e5), "rope_theta=500000.0 belongs to layout='prefix'"),
         (dict(layout="prefix", num_heads=4, num_kv_heads=3), "multiple"),
         (dict(width=15), "divisible"),
         (dict(visual_queries=-1), "visual_queries"),
@@ -197,6 +198,44 @@ def test_more_tokens_than_positions_are_refused():
     tokens = jnp.zeros((2, PREFIX + NEW + 2), jnp.int32)
     with pytest.raises(ConfigError, match="made for 10"):
         decoder.apply({"params": params}, visual, visual_mask, tokens, tokens == 0)
+    prefix = (tokens[:, :PREFIX], tokens[:, :PREFIX] == 0)
+    with pytest.raises(ConfigError, match="4 tokens and 7 further ones.*made for 10"):
+        decoder.apply({"params": params}, visual, visual_mask, *prefix, NEW + 2, method="prefill")
+
+
+def test_cached_decoding_in_bfloat16():
+    """Tolerance 0.1: logits up to about 4 with steps of 1/64 there, rounded differently in two blocks."""
+    _, params, visual, visual_mask, tokens, mask = made("gpt2")
+    decoder = Decoder(BASE, VOCAB, PREFIX + NEW + 1, dtype=jnp.bfloat16)
+    apply = functools.partial(decoder.apply, {"params": params})
+    hidden = apply(visual, visual_mask, tokens, mask)
+    assert hidden.dtype == jnp.bfloat16
+    expected = np.asarray(hidden, np.float32) @ np.asarray(params["token_embed"]).T
+    logits, context, cache = apply(
+        visual, visual_mask, tokens[:, :PREFIX], mask[:, :PREFIX], NEW, method="prefill"
+    )
+    assert logits.dtype == jnp.float32 and {x.dtype for x in jax.tree.leaves(cache)} == {
+        jnp.dtype("bfloat16")
+    }
+    np.testing.assert_allclose(logits, expected[:, PREFIX - 1], atol=0.1)
+    for t in range(2):
+        logits, cache = apply(context, cache, tokens[:, PREFIX + t, None], jnp.asarray(t), method="step")
+        np.testing.assert_allclose(logits[:, 0], expected[:, PREFIX + t], atol=0.1)
+    assert np.abs(expected - all_logits("gpt2")).max() > 1e-3, "it was computed in bfloat16"
+
+
+def test_dropout_differs_by_key_and_is_absent_without():
+    plain, params, visual, visual_mask, tokens, mask = made("gpt2")
+    dropping = Decoder(dataclasses.replace(BASE, dropout=0.5), VOCAB, PREFIX + NEW + 1)
+
+    def hidden(decoder, *seeds):
+        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds)) if seeds else None
+        return np.asarray(decoder.apply({"params": params}, visual, visual_mask, tokens, mask, None, keys))
+
+    np.testing.assert_array_equal(hidden(dropping), hidden(plain))
+    first, second = hidden(dropping, 0, 1), hidden(dropping, 0, 2)
+    np.testing.assert_array_equal(first[0], second[0])
+    assert (first[1, 2:] != second[1, 2:]).any() and (first != hidden(plain)).any()
 
 
 def test_rematerialised_blocks_have_the_same_gradient():

@@ -75,6 +75,11 @@ class DecoderConfig:
             raise ConfigError(
                 "decoder layout='gpt2' has a tied head; tied_head=False goes with coca and prefix"
             )
+        # The default also stands in the configs of runs that do not read it.
+        if self.layout != "prefix" and self.rope_theta != 10000.0:
+            raise ConfigError(
+                f"decoder rope_theta={self.rope_theta} belongs to layout='prefix', not {self.layout!r}"
+            )
         if self.layout != "prefix" and (self.num_kv_heads is not None or self.qkv_bias):
             raise ConfigError("decoder num_kv_heads and qkv_bias belong to layout='prefix'")
         if self.num_heads % self.kv_heads:
@@ -235,8 +240,16 @@ class Decoder(nn.Module):
         prefix_mask: Bool[Array, "c p"],
         max_new: int,
     ) -> tuple[Float[Array, "c v"], DecoderContext, DecoderCache]:
-        """(logits of the first token after the prefix, shared context, empty cache with one continuation a row)."""
+        """(logits of the first token after the prefix, shared context, empty cache with one continuation a row).
+
+        Raises ConfigError where learned positions end before max_new further tokens.
+        """
         length = prefix.shape[1]
+        if self.config.layout != "prefix" and length + max_new > self.max_positions:
+            raise ConfigError(
+                f"{length} tokens and {max_new} further ones, but the decoder was made for {self.max_positions}: "
+                "write shorter texts (max_length)"
+            )
         causal = jnp.tril(jnp.ones((length, length), bool))
         hidden, own, cross = self._whole(
             visual, visual_mask, prefix, prefix_mask, causal & prefix_mask[:, None], None
