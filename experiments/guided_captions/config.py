@@ -37,7 +37,7 @@ QUALITY_BINS = 4
 DROPOUTS = {"dropout_0": 0.0, "dropout_0.2": 0.2, "dropout_0.5": 0.5}
 NOISY = {"noisy_plain": Controls(), "noisy_quality": Controls(quality=QUALITY_BINS)}
 STEPS = {
-    "scorer": 400, "lengths": 500, "noisy_plain": 500, "noisy_quality": 500, "real_scorer": 300, "real": 300
+    "scorer": 400, "lengths": 800, "noisy_plain": 500, "noisy_quality": 500, "real_scorer": 300, "real": 300
 }  # fmt: skip
 ARMS = ("towers", "scorer", *DROPOUTS, "lengths", *NOISY, "real_scorer", "real")
 

@@ -261,11 +261,13 @@ def main() -> None:
     write_atomic(results / "quality.md", table(rows, columns))
 
     if args.data is not None:
+        # Trained on a thousand figures from nothing, the captioner repeats itself without end unless it is forbidden to.
         figures = Captions(
             source=Source(root=str(args.data / "openstax_figures"), split="val"),
             text="alt_text",
             section="alt_text",
             scorer=str(trained["real_scorer"]),
+            no_repeat_ngram=3,
         )
         swept(
             work / "figures",
@@ -279,6 +281,7 @@ def main() -> None:
             section="caption",
             lexicon="chest",
             scorer=str(trained["real_scorer"]),
+            no_repeat_ngram=3,
         )
         swept(work / "chest", results, load_components(trained["real"]), chest, "Chest radiographs, notes")
 
