@@ -70,6 +70,8 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
         tokenizer = start_from.tokenizer
         if options.path is not None:
             given = Tokenizer.load(options.path, options.context_length, options.lowercase)
+            # The file may be the one that the other run added its controls to.
+            given = given.with_tokens(start_from.config.data.controls.tokens())
             check_vocabulary(start_from.params["model"], given, f"data.tokenizer.path={options.path}")
             if given.hash != tokenizer.hash:
                 raise CheckpointError(
@@ -280,6 +282,34 @@ def _with_own_parts(given: Any, fresh: Any) -> Any:
     return kept
 
 
+# Tables with a row for each id of the vocabulary or each position, which is told by its number alone.
+_TABLES = (("text", "token_embed"), ("decoder", "token_embed"), ("decoder", "head"), ("decoder", "positions"))
+
+
+def _with_own_rows(given: Any, fresh: Any, mesh: Mesh) -> Any:
+    """The given parameters with as many ids and decoder positions as this model has, the added ones fresh.
+
+    Controls that the other run had not stand at the vocabulary's end and make the prefix longer; with fewer controls
+    the last positions are left out. Tables that differ in more stay as they are.
+    """
+    out = dict(given)
+    for part, name in _TABLES:
+        if not all(name in params.get(part, {}) for params in (given, fresh)):
+            continue
+        old, new = given[part][name], fresh[part][name]
+        added = len(new) - len(old)
+        if old.shape[1:] != new.shape[1:] or not added or (added < 0 and name != "positions"):
+            continue
+        if added > 0:
+            logger.info("%s/%s: %d fresh rows behind %d", part, name, added, len(old))
+            table = jnp.concatenate([jax.device_put(old, replicated(mesh)), new[len(old) :]])
+        else:
+            logger.info("%s/%s: the first %d of %d rows", part, name, len(new), len(old))
+            table = old[: len(new)]
+        out[part] = {**out[part], name: table}
+    return out
+
+
 def _grid(config: Config) -> tuple[int, int]:
     """Rows and columns of the image tower's last feature map, which its positions are made for."""
     return config.model.image.grid(config.data.preprocess.height_width)
@@ -326,7 +356,8 @@ def first_state(
     state = fresh(jax.random.key(config.seed))
     if start_from is None:
         return state, {}
-    model_params = _with_own_parts(_at_image_size(start_from, config), state.params["model"])
+    own = state.params["model"]
+    model_params = _with_own_rows(_with_own_parts(_at_image_size(start_from, config), own), own, mesh)
     check_same_shapes(plan.target.params["model"], model_params, f"init_from={config.init_from}")
     logger.info("parameters from %s, step %d", config.init_from, start_from.step)
     params = {**state.params, "model": jax.device_put(model_params, plan.shardings.params["model"])}
