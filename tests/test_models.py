@@ -14,7 +14,7 @@ from bvl.errors import ConfigError
 from bvl.mesh import unbox
 from bvl.models.conv_stem import _patches_3x3
 from bvl.models.grid import resize_positions
-from bvl.models.layers import Attention, Stack
+from bvl.models.layers import Attention, Stack, product
 from bvl.models.text import TextConfig, TextTransformer
 from bvl.models.vit import VARIANTS, ViT, ViTConfig
 from bvl.models.vlm import DualEncoder, DualEncoderConfig, l2_normalize, normalize_image
@@ -364,3 +364,23 @@ def test_normalize():
     out = normalize_image(pixels, mean, std, jnp.float32)
     np.testing.assert_allclose(out[0, 0, 0], [-1.0, 0.0, 1.0], atol=1e-6)
     assert normalize_image(pixels, mean, std, jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_products_of_few_rows_have_the_same_values_and_gradients(count):
+    """Tolerance 1e-5: sums are ordered differently."""
+    rng = np.random.default_rng(0)
+    rows, kernel, weights = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((count, 64), (64, 32), (count, 32))
+    )
+
+    def run(implementation):
+        def total(rows, kernel):
+            return (product(rows, kernel, implementation=implementation) * weights).sum()
+
+        return product(rows, kernel, implementation=implementation), *jax.grad(total, (0, 1))(rows, kernel)
+
+    for a, b in zip(run("columns"), run("rows"), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(b).max() < 1e-5
+    for a, b in zip(run("auto"), run("rows"), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(b).max() < 1e-5

@@ -22,6 +22,7 @@ from bvl.models.dropout import RowKeys, drop_path, dropout, fold
 Dtype = Any
 RematPolicy = Literal["none", "full", "dots"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+ProductImplementation = Literal["auto", "rows", "columns"]
 
 # What the backward pass may keep instead of recomputing, by name.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -60,10 +61,28 @@ class Dense(nn.Module):
         kernel = self.param("kernel", dense_init(*self.names), (x.shape[-1], self.features))
         # As a product of two matrices: with more axes XLA on CPU copies the operands of the backward pass.
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = jnp.dot(rows, kernel.astype(self.dtype))
+        y = product(rows, kernel.astype(self.dtype))
         if self.use_bias:
             y += self.param("bias", zeros_init(self.names[1]), (self.features,)).astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
+
+
+def product(
+    rows: Float[Array, "m i"], kernel: Float[Array, "i o"], *, implementation: ProductImplementation = "auto"
+) -> Float[Array, "m o"]:
+    """rows @ kernel.
+
+    implementation: "columns" hands the rows over transposed, so that XLA on CPU multiplies without packing the kernel,
+    which for a few rows takes longer than the product; "auto" takes it on CPU for 2 to 16 rows, else "rows".
+    """
+    if implementation == "auto":
+        few = 2 <= len(rows) <= 16 and jax.default_backend() == "cpu"
+        implementation = "columns" if few else "rows"
+    if implementation == "rows":
+        return jnp.dot(rows, kernel)
+    # The barrier keeps XLA from folding the transposition into the product.
+    columns = jax.lax.optimization_barrier(rows.T)
+    return jax.lax.dot_general(columns, kernel, (((0,), (0,)), ((), ())))
 
 
 class LayerNorm(nn.Module):
