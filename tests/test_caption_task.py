@@ -143,9 +143,7 @@ def test_a_captioner_beside_contrast_encodes_images_once(tmp_path, monkeypatch, 
         "text": {"embed"},
     }
     row = metric_rows(tmp_path / "run")[-1]
-    assert row["loss/total"] == pytest.approx(
-        row["loss/contrastive"] + 2 * row["loss/caption"], rel=1e-4
-    )
+    assert row["loss/total"] == pytest.approx(row["loss/contrastive"] + 2 * row["loss/caption"], rel=1e-4)
     params = load_components(tmp_path / "run").params["model"]
     assert "text" not in params and "unimodal_norm" in params["decoder"]
 
