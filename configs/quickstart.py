@@ -32,7 +32,7 @@ HELD_OUT = Source(phantoms=PHANTOMS, split="test", cache=True)
 
 def get_config() -> Config:
     return Config(
-        steps=1000,
+        steps=1200,
         batch_size=64,
         model=DualEncoderConfig(
             image=ViTConfig("XS/8", stem="conv", depth=1, pool="mean"),
@@ -47,7 +47,7 @@ def get_config() -> Config:
             tokenizer=TokenizerConfig(vocab_size=1000, context_length=28),
             controls=Controls(lengths=20),
         ),
-        optim=OptimConfig(lr=5e-4, warmup_steps=50),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50),
         eval=EvalConfig(
             suites={
                 "zeroshot_phantoms/modality": ZeroShot(
