@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import PHANTOMS, tiny_components
+from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.data.phantoms import PhantomSource
 from bvl.decode.options import DecodeOptions
@@ -16,6 +17,9 @@ from bvl.errors import UserError
 from bvl.models.vlm import normalize_image
 from bvl.tasks.caption import Caption
 from bvl.tasks.captioning import encode_for_captions, generate, write_captions
+
+# These tests compile far longer than they compute.
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 GREEDY = DecodeOptions(max_length=6)
 

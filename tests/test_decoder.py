@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.errors import ConfigError
 from bvl.mesh import unbox
 from bvl.models.decoder import Decoder, DecoderConfig, VisualTokens
 from bvl.models.decoder_layers import rotate
+
+# These tests compile far longer than they compute.
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 VOCAB, PREFIX, NEW, VISUAL = 23, 4, 5, 6
 BASE = DecoderConfig(width=16, depth=2, num_heads=4)
