@@ -18,7 +18,7 @@ from bvl.evals.folder import suites_for
 from bvl.evals.writing import best_captions, decode_options, own_scorer
 from bvl.runs import Components, load_components
 from bvl.tasks import contrastive
-from bvl.tasks.captioning import GuidanceNull, caption_task
+from bvl.tasks.captioning import GuidanceNull, captioning_task_of
 
 FOREIGN = ("open_clip:", "hf:")
 
@@ -156,7 +156,7 @@ class Model:
         captions.
         """
         images = list(_several(images))
-        caption_task(self.components)
+        captioning_task_of(self.config)
         if scorer is not None and best_of == 1:
             raise UserError(
                 "scorer chooses among candidates, and best_of=1 writes only one: set best_of, such as 8"

@@ -281,13 +281,10 @@ def _caption_suite(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _caption_suite_given(args: argparse.Namespace) -> dict[str, object]:
+def _decoding_given(args: argparse.Namespace) -> dict[str, object]:
+    """What was said of the options of `_decoding` and `_caption_suite`; a verb has no others of these names."""
     names = (*DECODING, "max_images", "lexicon")
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
-
-
-def _decoding_given(args: argparse.Namespace) -> dict[str, object]:
-    return {name: getattr(args, name) for name in DECODING if hasattr(args, name)}
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -331,7 +328,7 @@ def _eval(args: argparse.Namespace) -> int:
         text_column=args.text_column,
         texts_per_image=args.texts_per_image,
         long_texts=args.long_texts,
-        captions=_caption_suite_given(args),
+        captions=_decoding_given(args),
     )
     run = RunFolder(args.run_folder)
     evaluation = evaluate(components, suites, batch_size=args.batch_size)
@@ -432,7 +429,7 @@ def _sweep_guidance(args: argparse.Namespace) -> int:
     enable_compilation_cache()
     gammas = parse_gammas(args.gammas)
     components = load_components(args.run_folder, checkpoint=_checkpoint(args.checkpoint))
-    suite = suite_for(components.config, data=args.data, split=args.split, **_caption_suite_given(args))
+    suite = suite_for(components.config, data=args.data, split=args.split, **_decoding_given(args))
     suite.check_records()
     points = sweep_guidance(components, suite, gammas, batch_size=args.batch_size)
     written = write_frontier(

@@ -76,6 +76,12 @@ def num_batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def rows_on_devices(batch_size: int, mesh: Mesh) -> int:
+    """The least number of rows from batch_size on of which every batch shard gets as many."""
+    shards = num_batch_shards(mesh)
+    return -(-batch_size // shards) * shards
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, num_hosts: int) -> None:
     """Raise ConfigError unless the global batch splits evenly over batch shards and hosts."""
     for count, what in (

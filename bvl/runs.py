@@ -27,7 +27,7 @@ from bvl.data.images import open_image
 from bvl.data.text import Tokenizer
 from bvl.data.transforms import Preprocess, apply
 from bvl.errors import CheckpointError, RunFolderError
-from bvl.mesh import MeshConfig, make_mesh, num_batch_shards, replicated, to_global
+from bvl.mesh import MeshConfig, make_mesh, replicated, rows_on_devices, to_global
 from bvl.models.features import ImageFeatures, TextFeatures
 from bvl.models.vlm import DualEncoder, normalize_image
 
@@ -221,8 +221,7 @@ class Components:
 
     def _padded(self, rows: np.ndarray, batch_size: int) -> jax.Array:
         # One shape, one compilation: the last batch is filled up.
-        shards = num_batch_shards(self.encoder.mesh)
-        size = -(-batch_size // shards) * shards
+        size = rows_on_devices(batch_size, self.encoder.mesh)
         padded = np.zeros((size, *rows.shape[1:]), rows.dtype)
         padded[: len(rows)] = rows
         return to_global({"rows": padded}, self.encoder.mesh)["rows"]

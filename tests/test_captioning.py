@@ -1,6 +1,5 @@
 """Captions by a whole model: against full recomputation without a cache, and what guidance and prefixes do to them."""
 
-import copy
 import dataclasses
 import functools
 
@@ -198,9 +197,10 @@ def test_a_language_model_as_the_null(components, images):
 
 def test_a_language_model_of_shorter_texts_is_refused(components, images):
     """Its positions would end before the captions do."""
-    tokenizer = copy.copy(components.tokenizer)
-    tokenizer.context_length = 6
-    other = dataclasses.replace(components, tokenizer=tokenizer)
+    config = components.config
+    tokenizer = dataclasses.replace(config.data.tokenizer, context_length=6)
+    data = dataclasses.replace(config.data, tokenizer=tokenizer)
+    other = dataclasses.replace(components, config=dataclasses.replace(config, data=data))
     with pytest.raises(UserError, match="language model was trained on texts of up to 5 tokens"):
         captions(components, images, guidance=2.0, language_model=other)
 

@@ -23,6 +23,8 @@ from bvl.data.text_choice import ChosenText
 from bvl.errors import ConfigError, DataError, UserError
 
 PROMPT_END = "[PROMPT_END]"
+# What may be asked for, in the order of the prefix -> the field of `Controls` that a run is trained with.
+OPTIONS = {"section": "sections", "length": "lengths", "quality": "quality", "prompt": "prompt"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,9 +193,8 @@ class Controls:
         given = {"section": section, "length": length, "quality": quality, "prompt": prompt}
         for name, value in given.items():
             if value is not None and name not in self.enabled:
-                option = {"section": "sections", "length": "lengths"}.get(name, name)
                 raise UserError(
-                    f"{name}={value!r}: this run was trained without it; train with data.controls.{option} set"
+                    f"{name}={value!r}: this run was trained without it; train with data.controls.{OPTIONS[name]} set"
                 )
         ids = [tokenizer.start_id]
         if section is not None:

@@ -28,7 +28,6 @@ from bvl.data.tfds import may_share_examples
 from bvl.errors import ConfigError, DataError, ImageError
 from bvl.metrics.bootstrap import Interval
 from bvl.runs import Components, RunFolder, write_atomic
-from bvl.tasks.contrastive import Contrastive
 
 LEVEL = 0.95
 BOOTSTRAP_SAMPLES = 1000
@@ -171,11 +170,6 @@ class Collector:
         self.metrics[name] = float(value)
         if interval is not None and math.isfinite(interval.low):
             self.metrics[f"{name}/ci95"] = [interval.low, interval.high]
-
-
-def has_contrastive(config: Config) -> bool:
-    """Whether a task of the run has trained its embeddings of images and texts to be compared."""
-    return any(isinstance(task, Contrastive) for task in config.tasks.values())
 
 
 def overlaps_training(config: Config, source: Source) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bvl.config import Config, content_hash
+from bvl.data.controls import OPTIONS
 from bvl.data.phantoms import FINDING_LEXICON
 from bvl.data.sources import RecordSet, Source
 from bvl.decode.options import DecodeOptions
@@ -23,7 +24,6 @@ from bvl.evals.base import (
     describe,
     encode_records,
     fields_of,
-    has_contrastive,
     load_pixels,
     provenance,
     with_images,
@@ -44,8 +44,15 @@ from bvl.metrics.labeller import Lexicon, label_text
 from bvl.metrics.lexicon import CHEST_LEXICON
 from bvl.runs import Components, load_components
 from bvl.tasks.caption import Caption
-from bvl.tasks.captioning import GuidanceNull, caption_task, captioning_task_of, check_scorer, longest_text
-from bvl.tasks.contrastive import embed_texts
+from bvl.tasks.captioning import (
+    GuidanceNull,
+    ImageTokens,
+    captioning_task_of,
+    check_scorer,
+    encode_for_captions,
+    longest_text,
+)
+from bvl.tasks.contrastive import embed_texts, has_contrastive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +66,10 @@ class CaptionItem:
 
 @dataclasses.dataclass
 class Prepared:
-    """What captions of one model are judged against, whatever they were decoded with."""
+    """What captions of one model are judged against, whatever they were decoded with.
+
+    tokens: the pixels encoded, where they are captioned more than once.
+    """
 
     items: list[CaptionItem]
     pixels: list[np.ndarray]
@@ -68,6 +78,7 @@ class Prepared:
     truths: list[Truth] | None
     left_out: dict[str, int]
     unreadable: list[dict[str, str]]
+    tokens: ImageTokens | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,10 +166,9 @@ class Captions(Suite):
         controls = config.data.controls
         for name in ("section", "length", "quality"):
             if getattr(self, name) is not None and name not in controls.enabled:
-                option = {"section": "sections", "length": "lengths"}.get(name, name)
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is asked for, but the run is trained without it; set "
-                    f"data.controls.{option}"
+                    f"data.controls.{OPTIONS[name]}"
                 )
         if self.section is not None and self.section not in controls.sections:
             raise ConfigError(f"section={self.section!r}: the run knows {', '.join(controls.sections)}")
@@ -226,17 +236,13 @@ class Captions(Suite):
 
     def write(self, components: Components, prepared: Prepared, *, always_guided: bool = False) -> list[str]:
         """A caption for each of the prepared images. always_guided: see `write_captions`."""
-        originals = None
-        if self.best_of > 1 and prepared.scorer is not None:
-            indices = [item.index for item in prepared.items]
-            originals = [pixels for _, pixels in load_pixels(prepared.scorer, self.opened(), indices)]
         return best_captions(
             components,
-            prepared.pixels,
+            prepared.pixels if prepared.tokens is None else prepared.tokens,
             options=self._decode_options(components.config),
             scorer=prepared.scorer,
-            originals=originals,
-            batch_size=min(self.decode_batch_size, len(prepared.items)),
+            image_embed=None if prepared.embeddings is None else prepared.embeddings.image,
+            batch_size=self._batch_size(prepared),
             guidance=self.guidance,
             guidance_null=self.guidance_null,
             language_model=self._language_model,
@@ -249,6 +255,15 @@ class Captions(Suite):
             seed=self.seed,
             always_guided=always_guided,
         )
+
+    def encoded(self, components: Components, prepared: Prepared) -> Prepared:
+        """The same with its images encoded, for those who write captions of them more than once."""
+        batch_size = self._batch_size(prepared)
+        tokens = encode_for_captions(components, prepared.pixels, batch_size=batch_size)
+        return dataclasses.replace(prepared, tokens=tokens)
+
+    def _batch_size(self, prepared: Prepared) -> int:
+        return min(self.decode_batch_size, len(prepared.items))
 
     def _decode_options(self, config: Config) -> DecodeOptions:
         fields = {f.name for f in dataclasses.fields(DecodeOptions)} & {
@@ -413,7 +428,7 @@ class Captions(Suite):
         if self.language_model is None:
             return None
         language_model = load_components(self.language_model)
-        caption_task(language_model)
+        captioning_task_of(language_model.config)
         return language_model
 
     def _scorer_of(self, components: Components) -> Components | None:
@@ -425,7 +440,7 @@ class Captions(Suite):
         fields = [f.name for f in dataclasses.fields(self) if f.name not in left_out]
         options = {name: getattr(self, name) for name in fields}
         if options["max_length"] is None:
-            options["max_length"] = longest_text(components)
+            options["max_length"] = longest_text(components.config)
         if self._language_model is not None:
             options["language_model_hash"] = self._language_model.weights_hash()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}

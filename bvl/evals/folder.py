@@ -13,12 +13,13 @@ from bvl.data.long_texts import LongTexts
 from bvl.data.records import select_split
 from bvl.data.sources import Source
 from bvl.errors import ConfigError, DataError
-from bvl.evals.base import Suite, fields_of, has_contrastive, overlaps_training, same_place
+from bvl.evals.base import Suite, fields_of, overlaps_training, same_place
 from bvl.evals.caption import Captions, has_facts
 from bvl.evals.retrieval import Retrieval
 from bvl.evals.zeroshot import ZeroShot
 from bvl.tasks.caption import Caption
 from bvl.tasks.captioning import captioning_task_of
+from bvl.tasks.contrastive import has_contrastive
 
 logger = logging.getLogger(__name__)
 

@@ -25,10 +25,9 @@ from bvl.data.long_texts import LongTexts, warn_of_cuts
 from bvl.data.manifests import ARRAY_RECORD_SUFFIXES, PARQUET_SUFFIXES, TEXT_SUFFIXES
 from bvl.data.records import Record, RecordFolder, assign_splits, select_split
 from bvl.errors import ConfigError, DataError, ImageError
-from bvl.evals.base import has_contrastive
 from bvl.evals.folder import source_at
 from bvl.runs import Components, write_atomic
-from bvl.tasks.contrastive import embed_images, embed_texts
+from bvl.tasks.contrastive import embed_images, embed_texts, has_contrastive
 
 logger = logging.getLogger(__name__)
 

@@ -100,9 +100,10 @@ def suite_for(
 def sweep_guidance(
     components: Components, suite: Captions, gammas: Sequence[float], *, batch_size: int = 256
 ) -> list[Point]:
-    """The suite at every scale. Images, references and the scorer are read once, and decoding compiles once."""
+    """The suite at every scale. Images are read and encoded once, references and the scorer read once, and decoding
+    compiles once."""
     scales = check_guidance(list(gammas), len(gammas))
-    prepared = suite.prepare(components, batch_size=batch_size)
+    prepared = suite.encoded(components, suite.prepare(components, batch_size=batch_size))
     points = []
     for scale in map(float, scales):
         at = suite.with_guidance(scale)

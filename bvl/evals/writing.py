@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from bvl.config import Config
 from bvl.decode.options import DecodeOptions
 from bvl.errors import ConfigError
-from bvl.evals.base import has_contrastive
 from bvl.runs import Components
-from bvl.tasks.captioning import check_scorer, rerank, write_captions
+from bvl.tasks.captioning import (
+    ImageTokens,
+    check_max_length,
+    check_scorer,
+    longest_text,
+    rerank,
+    write_captions,
+)
+from bvl.tasks.contrastive import embed_images, has_contrastive
 
 
 def decode_options(
@@ -28,16 +38,9 @@ def decode_options(
             f"best_of={best_of} with beams={search.get('beams', 1)}: set beams as high, or a temperature above 0 for "
             "independent samples"
         )
-    # The start token of the context is no part of what is written.
-    longest = config.data.tokenizer.context_length - 1
-    options = DecodeOptions(
-        max_length=longest if max_length is None else max_length, num_return=best_of, **search
-    )
-    if options.max_length > longest:
-        raise ConfigError(
-            f"max_length={max_length}: this run was trained on texts of up to {longest} tokens "
-            "(data.tokenizer.context_length)"
-        )
+    max_length = longest_text(config) if max_length is None else max_length
+    options = DecodeOptions(max_length=max_length, num_return=best_of, **search)
+    check_max_length(config, options)
     return options
 
 
@@ -56,17 +59,18 @@ def check_can_choose(best_of: int, *, has_scorer: bool) -> None:
 
 def best_captions(
     components: Components,
-    images: Sequence[Any],
+    images: Sequence[Any] | ImageTokens,
     *,
     options: DecodeOptions,
     scorer: Components | None = None,
-    originals: Sequence[Any] | None = None,
+    image_embed: Float[np.ndarray, "n d"] | None = None,
     batch_size: int,
     **how: Any,
 ) -> list[str]:
     """One text an image: the best by the search, or of several candidates the most like the image to the scorer.
 
-    originals: the images as the scorer is to read them, where `images` were already made ready for the captioner.
+    image_embed: the images' embeddings by the scorer, None = of `images`; give them where `images` were already made
+      ready for the captioner.
     how: further arguments of `write_captions`. Raises ConfigError for several candidates without a scorer.
     """
     check_can_choose(options.num_return, has_scorer=scorer is not None)
@@ -75,4 +79,6 @@ def best_captions(
     candidates = write_captions(components, images, options=options, batch_size=batch_size, **how)
     if options.num_return == 1:
         return [row[0].text for row in candidates]
-    return rerank(scorer, images if originals is None else originals, candidates, batch_size=batch_size)
+    if image_embed is None:
+        image_embed = embed_images(scorer, images, batch_size=batch_size)
+    return rerank(scorer, image_embed, candidates, batch_size=batch_size)

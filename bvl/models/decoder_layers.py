@@ -54,9 +54,9 @@ class RmsNorm(nn.Module):
         )
 
 
-def make_norm(kind: Norm, epsilon: float, dtype: Any, name: str | None = None) -> nn.Module:
-    """The norm module of a decoder; `name` where it is not an attribute of `setup`."""
-    return (LayerNorm if kind == "layer" else RmsNorm)(epsilon, dtype=dtype, name=name)
+def make_norm(kind: Norm, epsilon: float, dtype: Any) -> nn.Module:
+    """The norm module of a decoder."""
+    return (LayerNorm if kind == "layer" else RmsNorm)(epsilon, dtype=dtype)
 
 
 def rotate(

@@ -15,21 +15,21 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from bvl.config import Config
+from bvl.data.controls import OPTIONS
 from bvl.decode.guidance import check_guidance, guided_merge, join_steps
 from bvl.decode.options import DecodeOptions
 from bvl.decode.search import Decoded, search
 from bvl.errors import ConfigError, UserError
-from bvl.mesh import BATCH_AXES, num_batch_shards, replicated
+from bvl.mesh import BATCH_AXES, replicated, rows_on_devices
 from bvl.models.vlm import DualEncoder
 from bvl.runs import Components
 from bvl.tasks.caption import Caption
-from bvl.tasks.contrastive import Contrastive, embed_images, embed_texts
+from bvl.tasks.contrastive import embed_texts, has_contrastive
 
 logger = logging.getLogger(__name__)
 
 # What the null rows of guidance go without.
 GuidanceNull = Literal["image", "controls", "both"]
-CONTROLS = ("section", "length", "quality", "prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +76,19 @@ def captioning_task_of(config: Config) -> Caption:
     )
 
 
-def caption_task(components: Components) -> Caption:
-    """The run's captioning task; ConfigError, naming what is missing, if it has none."""
-    return captioning_task_of(components.config)
+def longest_text(config: Config) -> int:
+    """The most tokens, END included, that a run's decoder is trained to write."""
+    # The start token of the context is no part of what is written.
+    return config.data.tokenizer.context_length - 1
 
 
-def longest_text(components: Components) -> int:
-    """The most tokens, END included, that the run's decoder was trained to write."""
-    return components.tokenizer.context_length - 1
+def check_max_length(config: Config, options: DecodeOptions, *, who: str = "this run") -> None:
+    """Raise ConfigError for texts longer than the run of `config` is trained on."""
+    if options.max_length > longest_text(config):
+        raise ConfigError(
+            f"max_length={options.max_length}: {who} was trained on texts of up to {longest_text(config)} tokens "
+            "(data.tokenizer.context_length)"
+        )
 
 
 def write_captions(
@@ -103,7 +108,8 @@ def write_captions(
 ) -> list[list[Candidate]]:
     """`options.num_return` texts for each image, best first (samples: as drawn).
 
-    images: paths, PIL images or arrays, or what `encode_for_captions` made of them. guidance: one scale or one an image; 1 is plain decoding.
+    images: paths, PIL images or arrays, or what `encode_for_captions` made of them.
+    guidance: one scale or one an image; 1 is plain decoding.
     guidance_null: what the null rows go without. language_model: another captioner with the same vocabulary whose
       text without an image is the null instead.
     controls: "section", "length" (words), "quality" (bin), "prompt" -> a value, or a sequence with one an image; what
@@ -115,15 +121,11 @@ def write_captions(
     always_guided: decode null rows even at scale 1, so that a sweep over scales compiles one program.
     Raises ConfigError for a run without a captioning task, UserError for values that cannot be used.
     """
-    caption_task(components)
+    captioning_task_of(components.config)
     images = images if isinstance(images, ImageTokens) else list(images)
     _check_batches(images, batch_size)
-    tokenizer, longest = components.tokenizer, longest_text(components)
-    if options.max_length > longest:
-        raise UserError(
-            f"max_length={options.max_length}: this run was trained on texts of up to {longest} tokens "
-            "(data.tokenizer.context_length)"
-        )
+    check_max_length(components.config, options)
+    tokenizer = components.tokenizer
     scale = np.broadcast_to(check_guidance(guidance, len(images)), len(images))
     guided = always_guided or language_model is not None or bool((scale != 1).any())
     if guidance_null not in ("image", "controls", "both"):
@@ -131,19 +133,14 @@ def write_captions(
     if language_model is None and (scale != 1).any():
         _warn_of_untrained_null(components.config, guidance_null)
     if language_model is not None:
-        caption_task(language_model)
+        captioning_task_of(language_model.config)
         if language_model.tokenizer.hash != tokenizer.hash:
             raise UserError(
                 "the language model reads another vocabulary than the captioner: train it with "
                 "data.tokenizer.path set to the captioner's tokenizer.json"
             )
-        if options.max_length > longest_text(language_model):
-            raise UserError(
-                f"max_length={options.max_length}: the language model was trained on texts of up to "
-                f"{longest_text(language_model)} tokens (data.tokenizer.context_length)"
-            )
+        check_max_length(language_model.config, options, who="the language model")
     prefixes = _prefixes(components, controls or {}, len(images))
-    plain_prefix = _prefix(components, {})
     forced, forced_mask = _forced(components, begin, len(images), options)
     forbidden = np.zeros(tokenizer.vocab_size, bool)
     no_words = {*tokenizer.special_ids, tokenizer.mask_id, tokenizer.unknown_id} - {tokenizer.end_id, None}
@@ -152,18 +149,15 @@ def write_captions(
     mesh = components.encoder.mesh
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
     keys = jax.device_put(keys, replicated(mesh))
-    # Every device gets as many rows.
-    size = -(-batch_size // num_batch_shards(mesh)) * num_batch_shards(mesh)
+    size = rows_on_devices(batch_size, mesh)
+    plain_prefixes = _prefixes(components, {}, size)
 
     other = None
     if language_model is not None:
-        start = _prefix(language_model, {})
-        other = {
-            # It was loaded onto one device; the captioner may be in training on several.
-            "params": jax.device_put(language_model.params["model"], replicated(mesh)),
-            "prefix": np.tile(start[0], (size, 1)),
-            "mask": np.tile(start[1], (size, 1)),
-        }
+        start, start_mask = _prefixes(language_model, {}, size)
+        # It was loaded onto one device; the captioner may be in training on several.
+        other_params = jax.device_put(language_model.params["model"], replicated(mesh))
+        other = {"params": other_params, "prefix": start, "mask": start_mask}
 
     out: list[list[Candidate]] = []
     for tokens in _token_batches(components, images, batch_size):
@@ -174,9 +168,8 @@ def write_captions(
         prefix, mask = (x[filled] for x in prefixes)
         dropped = np.zeros(size, bool)
         if guided and language_model is None:
-            null = [plain_prefix] * size if guidance_null != "image" else list(zip(prefix, mask, strict=True))
-            prefix = np.concatenate([prefix, np.stack([p for p, _ in null])])
-            mask = np.concatenate([mask, np.stack([m for _, m in null])])
+            null = (prefix, mask) if guidance_null == "image" else plain_prefixes
+            prefix, mask = (np.concatenate(pair) for pair in zip((prefix, mask), null, strict=True))
             dropped = np.concatenate([dropped, np.full(size, guidance_null != "controls")])
         decoded = generate(
             components.params["model"],
@@ -325,21 +318,19 @@ def _decode_rows(
 
 def rerank(
     scorer: Components,
-    images: Sequence[Any],
+    image_embed: Float[np.ndarray, "n d"],
     candidates: Sequence[Sequence[Candidate]],
     *,
     batch_size: int = 64,
 ) -> list[str]:
     """For each image the candidate most like it by the cosine of a contrastive model; the first of equal ones.
 
-    Raises UserError for a scorer without trained text embeddings.
+    image_embed: the images' embeddings by the scorer. See `check_scorer` for what scorers there are.
     """
-    check_scorer(scorer)
-    image = embed_images(scorer, images, batch_size=batch_size)
     texts = [candidate.text for row in candidates for candidate in row]
     text = embed_texts(scorer, texts, batch_size=batch_size)
     chosen, start = [], 0
-    for embedding, row in zip(image, candidates, strict=True):
+    for embedding, row in zip(image_embed, candidates, strict=True):
         similarity = text[start : start + len(row)] @ embedding
         chosen.append(row[int(similarity.argmax())].text)
         start += len(row)
@@ -353,7 +344,7 @@ def check_scorer(scorer: Components) -> None:
             "scoring captions needs a contrastive model, and this run has no text tower: name one as scorer"
         )
     # A captioner's config may have a text tower that no task has trained.
-    if not any(isinstance(task, Contrastive) for task in scorer.config.tasks.values()):
+    if not has_contrastive(scorer.config):
         raise UserError(
             "scoring captions needs a contrastive model, and the tasks of this run are "
             f"{', '.join(scorer.config.tasks)}: name one with a task of type Contrastive as scorer"
@@ -435,19 +426,16 @@ def _candidates(components: Components, decoded: Decoded, row: int) -> list[Cand
     ]
 
 
-def _prefix(components: Components, values: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    return components.config.data.controls.prefix(components.tokenizer, **values)
-
-
 def _prefixes(
     components: Components, controls: Mapping[str, Any], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids [n, P], mask) of the images' prefixes."""
-    unknown = controls.keys() - set(CONTROLS)
+    unknown = controls.keys() - OPTIONS.keys()
     if unknown:
-        raise UserError(f"unknown control {', '.join(sorted(unknown))}; there are {', '.join(CONTROLS)}")
+        raise UserError(f"unknown control {', '.join(sorted(unknown))}; there are {', '.join(OPTIONS)}")
     columns = {name: _each(name, value, count) for name, value in controls.items() if value is not None}
-    rows = [_prefix(components, {name: column[i] for name, column in columns.items()}) for i in range(count)]
+    make = functools.partial(components.config.data.controls.prefix, components.tokenizer)
+    rows = [make(**{name: column[i] for name, column in columns.items()}) for i in range(count)]
     return np.stack([ids for ids, _ in rows]), np.stack([mask for _, mask in rows])
 
 

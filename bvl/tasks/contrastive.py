@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from bvl.config import Config
 from bvl.data.long_texts import LongTexts, split_to_context
 from bvl.errors import ConfigError
 from bvl.losses.contrastive import sigmoid_loss, softmax_loss
@@ -120,6 +121,11 @@ class Contrastive(Task):
         if self.targets == "label_similarity":
             return label_similarity(labels, of_texts, temperature=self.target_temperature)
         return same_labels(labels, of_texts, soft=self.targets == "overlapping_labels")
+
+
+def has_contrastive(config: Config) -> bool:
+    """Whether a task of the run has trained its embeddings of images and texts to be compared."""
+    return any(isinstance(task, Contrastive) for task in config.tasks.values())
 
 
 def embed_images(
