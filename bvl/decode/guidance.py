@@ -77,15 +77,20 @@ def join_steps(step_a: Step, step_b: Step) -> Step:
     return step
 
 
-def check_guidance(scale: float | Sequence[float] | np.ndarray, num_images: int) -> np.ndarray:
-    """The guidance scale as f32, one number or one an image. Raises UserError if it cannot be used."""
+def check_guidance(
+    scale: float | Sequence[float] | np.ndarray, count: int, *, noun: str = "image"
+) -> np.ndarray:
+    """The guidance scale as f32, one number or one for each of `count` images (or whatever the `noun` says).
+
+    Raises UserError if it cannot be used.
+    """
     try:
         scales = np.asarray(scale, np.float32)
     except (TypeError, ValueError) as error:
-        raise UserError(f"guidance={scale!r}: give a number, or one number an image") from error
-    if scales.ndim > 1 or (scales.ndim == 1 and len(scales) != num_images):
+        raise UserError(f"guidance={scale!r}: give a number, or one for each {noun}") from error
+    if scales.ndim > 1 or (scales.ndim == 1 and len(scales) != count):
         raise UserError(
-            f"guidance of shape {scales.shape} for {num_images} images: give one number, or one an image"
+            f"guidance of shape {scales.shape} for {count} {noun}s: give one number, or one for each {noun}"
         )
     wrong = scales[~(np.isfinite(scales) & (scales >= 0))]
     if wrong.size:
