@@ -23,15 +23,19 @@ class ConvStem(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b l d"]:
+    def __call__(
+        self, image: Float[Array, "b h w 3"]
+    ) -> tuple[Float[Array, "b l d"], tuple[Float[Array, "b h w c"], ...]]:
+        """(tokens of the patch grid, the maps that are finer than it)."""
         num_layers = self.patch_size.bit_length() - 1
-        x = image
+        x, maps = image, []
         for i in range(num_layers):
             features = max(self.width >> (num_layers - 1 - i), 32)
             x = Dense(features, names=(None, "patch"), dtype=self.dtype, name=f"conv_{i}")(_patches_3x3(x))
             x = gelu(LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x))
+            maps.append(x)
         x = rearrange(x, "b h w c -> b (h w) c")
-        return Dense(self.width, names=("patch", "embed"), dtype=self.dtype, name="out")(x)
+        return Dense(self.width, names=("patch", "embed"), dtype=self.dtype, name="out")(x), tuple(maps[:-1])
 
 
 def _patches_3x3(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 9*c"]:

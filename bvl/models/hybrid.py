@@ -154,7 +154,12 @@ class Hybrid(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b h w 3"], *, keys: RowKeys | None = None, levels: bool = False
+        self,
+        image: Float[Array, "b h w 3"],
+        *,
+        keys: RowKeys | None = None,
+        levels: bool = False,
+        patches: bool = False,
     ) -> ImageFeatures:
         config = self.config
         trained = config.grid(self.image_size, "data.preprocess.image_size")
@@ -193,8 +198,10 @@ class Hybrid(nn.Module):
             place += 1
         maps.append(rearrange(x, "b (h w) d -> b h w d", h=grid[0]))
         pooled = x.astype(jnp.float32).mean(axis=1)
+        norm = LayerNorm(EPSILON, dtype=self.dtype, name="norm")
         return ImageFeatures(
-            pooled=LayerNorm(EPSILON, dtype=self.dtype, name="norm")(pooled),
+            pooled=norm(pooled),
+            patches=norm(x) if patches else None,
             tokens=x,
             levels=tuple(maps) if levels else None,
             grid=grid,

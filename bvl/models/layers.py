@@ -36,6 +36,12 @@ def dense_init(*names: str | None) -> Callable[..., Any]:
     return nn.with_partitioning(nn.initializers.lecun_normal(), names)
 
 
+def l2_normalize(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    """Unit norm along the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+
+
 def zeros_init(*names: str | None) -> Callable[..., Any]:
     return nn.with_partitioning(nn.initializers.zeros_init(), names)
 

@@ -189,7 +189,8 @@ class MeanAttentionPool(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b d"]:
+    def __call__(self, x: Float[Array, "b h w d"], alone: bool = False) -> tuple[jax.Array, jax.Array | None]:
+        """(pooled [b, d], and with `alone` what each cell of the map would give if it were attended to alone [b, l, d])."""
         grid, width = x.shape[1:3], x.shape[-1]
         shape = (1 + self.trained[0] * self.trained[1], width)
         positions = self.param("positions", normal_init(width**-0.5, "position", "embed"), shape)
@@ -202,8 +203,11 @@ class MeanAttentionPool(nn.Module):
             y = Dense(width, names=("embed", "heads"), dtype=self.dtype, name=name)(x)
             return rearrange(y, "b l (h c) -> b l h c", h=self.num_heads)
 
-        pooled = jax.nn.dot_product_attention(heads("query", x[:, :1]), heads("key", x), heads("value", x))
-        return rearrange(pooled, "b 1 h c -> b (h c)")
+        values = heads("value", x)
+        pooled = jax.nn.dot_product_attention(heads("query", x[:, :1]), heads("key", x), values)
+        return rearrange(pooled, "b 1 h c -> b (h c)"), (
+            rearrange(values[:, 1:], "b l h c -> b l (h c)") if alone else None
+        )
 
 
 class ResNet(nn.Module):
@@ -215,7 +219,12 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b h w 3"], *, keys: RowKeys | None = None, levels: bool = False
+        self,
+        image: Float[Array, "b h w 3"],
+        *,
+        keys: RowKeys | None = None,
+        levels: bool = False,
+        patches: bool = False,
     ) -> ImageFeatures:
         config, variant = self.config, VARIANTS[self.config.variant]
         trained = config.grid(self.image_size, "data.preprocess.image_size")
@@ -243,12 +252,15 @@ class ResNet(nn.Module):
                 place += 1
             maps.append(x)
         if config.pooling == "attention":
-            pooled = MeanAttentionPool(config.num_heads, trained, dtype=self.dtype, name="pool")(x)
+            pool = MeanAttentionPool(config.num_heads, trained, dtype=self.dtype, name="pool")
+            pooled, alone = pool(x, patches)
         else:
             pooled = x.astype(jnp.float32).mean(axis=(1, 2)).astype(self.dtype)
+            alone = rearrange(x, "b h w d -> b (h w) d")
         return ImageFeatures(
             pooled=pooled,
             tokens=rearrange(x, "b h w d -> b (h w) d"),
             levels=tuple(maps) if levels else None,
+            patches=alone if patches else None,
             grid=grid,
         )

@@ -55,8 +55,10 @@ class ViTConfig:
     layer_scale: initial factor of the residual branches. registers: learned tokens beside the patches that no
       output reads (Darcet et al. 2024, arXiv:2309.16588).
     patch_dropout: share of the patches left out of each training image (Li et al. 2023, arXiv:2212.00794);
-      dropout: of the embedding and the residual branches; drop_path: stochastic depth, the rate of the last block.
-    levels: blocks whose outputs are `ImageFeatures.levels`, None = four evenly spaced ones.
+      mask_channel: a fourth channel of the image, a mask of the region that is meant, is embedded beside the pixels by a
+      map that is zero at first (Hua et al. 2024, arXiv:2411.15411); without it the image is read as ever.
+    dropout: of the embedding and the residual branches; drop_path: stochastic depth, the rate of the last block.
+    levels: blocks whose outputs are in `ImageFeatures.levels`, None = four evenly spaced ones.
 
     OpenAI's CLIP: pool="cls", pre_norm=True, patch_bias=False, activation="quick_gelu".
     SigLIP: pool="map", norm_epsilon=1e-6 (So400m also activation="gelu_tanh").
@@ -76,6 +78,7 @@ class ViTConfig:
     norm_epsilon: float = 1e-5
     layer_scale: float | None = None
     registers: int = 0
+    mask_channel: bool = False
     patch_dropout: float = 0.0
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -145,26 +148,41 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b h w 3"], *, keys: RowKeys | None = None, levels: bool = False
+        self,
+        image: Float[Array, "b h w c"],
+        *,
+        keys: RowKeys | None = None,
+        levels: bool = False,
+        patches: bool = False,
     ) -> ImageFeatures:
         config, p = self.config, self.config.patch_size
         width, depth, num_heads, mlp_hidden = config.sizes
         trained = config.grid(self.image_size, "data.preprocess.image_size")
         grid = config.grid(image.shape[1:3])
         norm = dict(epsilon=config.norm_epsilon, dtype=self.dtype)
+        if image.shape[-1] != 3 and not (config.mask_channel and image.shape[-1] == 4):
+            raise ConfigError(
+                f"images with {image.shape[-1]} channels: the tower reads 3, and with model.image.mask_channel=true also "
+                "a mask"
+            )
+        image, mask = image[..., :3], image[..., 3:]
 
         if config.stem == "conv":
-            x = ConvStem(width, p, dtype=self.dtype, name="stem")(image)
+            x, fine = ConvStem(width, p, dtype=self.dtype, name="stem")(image)
         else:
             # A strided convolution written as one matrix product, which is faster on CPU and equal elsewhere.
-            patches = rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+            pixels, fine = rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p), ()
             x = Dense(
                 width,
                 names=("patch", "embed"),
                 use_bias=config.patch_bias,
                 dtype=self.dtype,
                 name="patch_embed",
-            )(patches)
+            )(pixels)
+        if mask.shape[-1]:
+            masked = rearrange(mask, "b (h p) (w q) 1 -> b (h w) (p q)", p=p, q=p)
+            kernel = self.param("mask_embed", zeros_init("patch", "embed"), (p * p, width))
+            x = x + masked.astype(self.dtype) @ kernel.astype(self.dtype)
         prefix = int(config.pool == "cls")
         positions = self.param(
             "positions", normal_init(0.02, "position", "embed"), (prefix + trained[0] * trained[1], width)
@@ -226,6 +244,14 @@ class ViT(nn.Module):
                 name="pool",
             )
             pooled = pool(tokens)
+        alone = tokens
+        if patches and config.pool == "map":
+            # Attention to one token gives its value alone (Zhou et al. 2022, arXiv:2112.01071, section 3.3).
+            alone = pool(rearrange(tokens, "b l d -> (b l) 1 d")).reshape(tokens.shape)
         return ImageFeatures(
-            pooled=pooled, tokens=tokens, levels=maps if levels else None, grid=None if dropped else grid
+            pooled=pooled,
+            tokens=tokens,
+            levels=(*fine, *maps) if levels else None,
+            patches=alone if patches else None,
+            grid=None if dropped else grid,
         )

@@ -16,9 +16,11 @@ from bvl.errors import ConfigError
 from bvl.models.bert import BertConfig
 from bvl.models.decoder import Decoder, DecoderCache, DecoderConfig, DecoderContext
 from bvl.models.dropout import RowKeys
-from bvl.models.features import ImageFeatures, TextFeatures
+from bvl.models.features import ImageFeatures, Located, RegionPrompts, TextFeatures
 from bvl.models.hybrid import HybridConfig
-from bvl.models.layers import Dense, gelu
+from bvl.models.layers import Dense, gelu, l2_normalize
+from bvl.models.region_decoder import RegionDecoder, RegionDecoderConfig
+from bvl.models.region_encoder import RegionEncoder, RegionEncoderConfig
 from bvl.models.resnet import ResNetConfig
 from bvl.models.text import TextConfig, pool_tokens
 from bvl.models.vit import ViTConfig
@@ -33,6 +35,7 @@ class DualEncoderConfig:
     image: ViTConfig, ResNetConfig or HybridConfig; text: TextConfig or BertConfig.
     text=None: a captioner alone; with a decoder of layout "coca" its first half embeds texts, pooled at their end.
     decoder: for tasks that write text; None = none.
+    region_encoder: tells the decoder of regions, for tasks that describe them. region_decoder: finds regions.
     image_projection, text_projection: from a tower's pooled vector to the shared space: "linear" (CLIP),
       "linear_bias" (SigLIP's text tower; the output map of a CLIP ResNet's attention pool), "mlp" (two maps without
       bias and a GELU between, as in BiomedCLIP's text tower) or "none" (SigLIP's image
@@ -44,6 +47,8 @@ class DualEncoderConfig:
     image: ViTConfig | ResNetConfig | HybridConfig = ViTConfig()
     text: TextConfig | BertConfig | None = TextConfig()
     decoder: DecoderConfig | None = None
+    region_encoder: RegionEncoderConfig | None = None
+    region_decoder: RegionDecoderConfig | None = None
     embed_dim: int = 512
     image_projection: Projection = "linear"
     text_projection: Projection = "linear"
@@ -56,6 +61,17 @@ class DualEncoderConfig:
             raise ConfigError(f"embed_dim={self.embed_dim}: must be at least 1")
         if self.text is None and self.decoder is None:
             raise ConfigError("model.text=None is for captioners: set model.decoder, or give a text tower")
+        if self.region_encoder is not None and self.decoder is None:
+            raise ConfigError(
+                "model.region_encoder tells a text decoder of regions: set model.decoder as well"
+            )
+        if self.region_decoder is not None and self.region_decoder.phrases == "decoder":
+            if self.decoder is None:
+                raise ConfigError("region_decoder phrases='decoder' needs a text decoder: set model.decoder")
+        elif self.region_decoder is not None and not self.embeds_text:
+            raise ConfigError(
+                "model.region_decoder reads phrases by the text tower: give one, or phrases='decoder'"
+            )
         for name, width in (("image", self.image.output_width), ("text", self.text_width)):
             if getattr(self, f"{name}_projection") == "none" and width != self.embed_dim:
                 raise ConfigError(
@@ -72,6 +88,13 @@ class DualEncoderConfig:
     def text_width(self) -> int:
         """Width of the text tower's pooled vector, or of the decoder's where there is no tower."""
         return self.decoder.width if self.text is None else self.text.width
+
+    @property
+    def region_needs(self) -> frozenset[str]:
+        """What the region modules read of an image."""
+        modules = (self.region_encoder, self.region_decoder)
+        levels = any(module is not None and module.reads_levels for module in modules)
+        return frozenset({"tokens", "levels"} if levels else {"tokens"})
 
     @property
     def embeds_text(self) -> bool:
@@ -95,7 +118,8 @@ class ProjectionMlp(nn.Module):
 
 class DualEncoder(nn.Module):
     """Use through `apply(..., method=...)` with encode_image, encode_text, logit_scale_and_bias; with a decoder also
-    visual_tokens, decode_train, vocabulary, prefill, decoder_step.
+    visual_tokens, decode_train, vocabulary, prefill, decoder_step; with the region modules region_tokens, and ground,
+    detect, detection_logits.
 
     prefix_length: longest prefix (start token and controls) in front of a text of the decoder.
     `keys`: one random key an example while training, None in evaluation (bvl/models/dropout.py).
@@ -125,6 +149,12 @@ class DualEncoder(nn.Module):
             self.decoder = Decoder(
                 config.decoder, self.vocab_size, self.prefix_length + self.context_length, dtype=self.dtype
             )
+        if config.region_encoder is not None:
+            self.region_encoder = RegionEncoder(config.region_encoder, config.decoder.width, dtype=self.dtype)
+        if config.region_decoder is not None:
+            self.region_decoder = RegionDecoder(
+                config.region_decoder, self.image_size, config.embed_dim, dtype=self.dtype
+            )
         self.image_projection = _projection(config.image_projection, config.embed_dim, self.dtype)
         self.text_projection = _projection(config.text_projection, config.embed_dim, self.dtype)
         self.log_scale = self.param(
@@ -135,14 +165,20 @@ class DualEncoder(nn.Module):
 
     def encode_image(
         self,
-        image: Float[Array, "b h w 3"],
+        image: Float[Array, "b h w c"],
         need: frozenset[str] = frozenset({"embed"}),
         keys: RowKeys | None = None,
     ) -> ImageFeatures:
-        """Encode normalised images; `need`: any of embed, pooled, tokens, levels."""
-        out = self.image(image, keys=keys, levels="levels" in need)
+        """Encode normalised images, of a tower with `mask_channel` also with a mask as fourth channel.
+
+        need: any of embed, pooled, tokens, levels, patch_embed, and "regions", which is what the region modules read.
+        """
+        if "regions" in need:
+            need = need | self.config.region_needs
+        out = self.image(image, keys=keys, levels="levels" in need, patches="patch_embed" in need)
         embed = l2_normalize(self.image_projection(out.pooled)) if "embed" in need else None
-        return _only(out.replace(embed=embed), need)
+        patch_embed = l2_normalize(self.image_projection(out.patches)) if "patch_embed" in need else None
+        return _only(out.replace(embed=embed, patch_embed=patch_embed), need)
 
     def encode_text(
         self,
@@ -209,15 +245,75 @@ class DualEncoder(nn.Module):
         """(logits after the t-th generated token, the cache with it)."""
         return self.decoder.step(context, cache, tokens, t)
 
+    def region_tokens(
+        self,
+        tokens: Float[Array, "b l d"],
+        levels: tuple[Float[Array, "b h w c"], ...] | None,
+        grid: tuple[int, int],
+        prompts: RegionPrompts,
+        dropped: Bool[Array, " br"],
+    ) -> tuple[Float[Array, "br s w"], Bool[Array, "br s"]]:
+        """What the decoder sees of regions, behind the image's tokens; see bvl/models/region_encoder.py."""
+        return self.region_encoder(tokens, levels, grid, prompts, dropped)
+
+    def ground(
+        self,
+        tokens: Float[Array, "b l d"],
+        levels: tuple[Float[Array, "b h w c"], ...] | None,
+        grid: tuple[int, int],
+        phrase: Float[Array, "b p e"],
+        words: Float[Array, "b p t d"],
+        words_mask: Bool[Array, "b p t"],
+    ) -> Located:
+        """Boxes, mask and presence of phrases, given by a vector and tokens each; see bvl/models/region_decoder.py."""
+        return self.region_decoder.ground(tokens, levels, grid, phrase, words, words_mask)
+
+    def detect(
+        self,
+        tokens: Float[Array, "b l d"],
+        levels: tuple[Float[Array, "b h w c"], ...] | None,
+        grid: tuple[int, int],
+    ) -> Located:
+        """Candidates for the objects of images; see bvl/models/region_decoder.py."""
+        return self.region_decoder.detect(tokens, levels, grid)
+
+    def detection_logits(
+        self, embed: Float[Array, "b q e"], names: Float[Array, "b n e"]
+    ) -> Float[Array, "b q n"]:
+        """How well candidates fit names, given by their embeddings."""
+        return self.region_decoder.detection_logits(embed, names)
+
     def __call__(self, image: Float[Array, "b h w 3"], tokens: Int[Array, "b t"], mask: Bool[Array, "b t"]):
         """Touch every parameter; for `init`."""
-        features = self.encode_image(image, frozenset({"embed", "tokens"}))
+        if getattr(self.config.image, "mask_channel", False):
+            image = jnp.pad(image, ((0, 0), (0, 0), (0, 0), (0, 1)))
+        features = self.encode_image(image, frozenset({"embed", "tokens", "regions"}))
+        maps = (features.tokens, features.levels, features.grid)
+        rows = len(image)
         out = [features, self.logit_scale_and_bias()]
         if self.config.embeds_text:
-            out.append(self.encode_text(tokens, mask))
+            text = self.encode_text(tokens, mask, frozenset({"embed", "pooled", "tokens"}))
+            out.append(text)
         if self.config.decoder is not None:
-            visual = self.decoder.visual_tokens(features.tokens, jnp.zeros(len(image), bool))
-            out.append(self.decoder(*visual, tokens, mask))
+            visual = self.decoder.visual_tokens(features.tokens, jnp.zeros(rows, bool))
+            hidden = self.decoder(*visual, tokens, mask)
+            out.append(hidden)
+        if self.config.region_encoder is not None:
+            prompts = RegionPrompts(
+                box=jnp.ones((rows, 1, 4)),
+                point=jnp.ones((rows, 1, 2)),
+                mask=jnp.ones((rows, 1, *features.grid), bool),
+                kind=jnp.zeros((rows, 1), jnp.int8),
+            )
+            out.append(self.region_encoder(*maps, prompts, jnp.zeros(rows, bool)))
+        if self.config.region_decoder is not None:
+            if self.config.region_decoder.phrases == "text":
+                phrase, words = text.pooled, text.tokens
+            else:
+                phrase, words = hidden[:, -1], hidden
+            out.append(self.region_decoder.ground(*maps, phrase[:, None], words[:, None], mask[:, None]))
+            found = self.region_decoder.detect(*maps)
+            out.append(self.region_decoder.detection_logits(found.embed, found.embed))
         return out
 
 
@@ -231,7 +327,8 @@ def _projection(kind: Projection, embed_dim: int, dtype: Any) -> Callable[[jax.A
 
 def _only(features: Any, need: frozenset[str]) -> Any:
     """`features` without the arrays that nobody asked for."""
-    names = {"embed", "pooled", "tokens", "levels", "mask"} & features.__dataclass_fields__.keys()
+    arrays = {"embed", "pooled", "tokens", "levels", "patches", "patch_embed", "mask"}
+    names = arrays & features.__dataclass_fields__.keys()
     return features.replace(**{name: None for name in names - need})
 
 
@@ -250,19 +347,18 @@ def _at_most_backward(saved, cotangent):
 _at_most.defvjp(lambda x, limit: (jnp.minimum(x, limit), (x, limit)), _at_most_backward)
 
 
-def l2_normalize(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    """Unit norm along the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
-
-
 def normalize_image(
-    image: UInt8[Array, "b h w 3"],
+    image: UInt8[Array, "b h w c"],
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     dtype: Any,
-) -> Float[Array, "b h w 3"]:
-    """uint8 pixels -> (x / 255 - mean) / std, on the device, so that hosts move bytes and not floats."""
+) -> Float[Array, "b h w c"]:
+    """uint8 pixels -> (x / 255 - mean) / std, on the device, so that hosts move bytes and not floats.
+
+    A fourth channel is a mask and becomes x / 255.
+    """
+    masks = image.shape[-1] - 3
+    mean, std = (*mean, *(0.0,) * masks), (*std, *(1.0,) * masks)
     scale = 1.0 / (255.0 * jnp.asarray(std, jnp.float32))
     return (
         image.astype(jnp.float32) * scale - jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)

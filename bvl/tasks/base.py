@@ -34,7 +34,9 @@ class View:
 
     def __post_init__(self):
         object.__setattr__(self, "input", self.input or self.kind)
-        known = {"embed", "pooled", "tokens"} | ({"levels"} if self.kind == "image" else set())
+        known = {"embed", "pooled", "tokens"}
+        if self.kind == "image":
+            known |= {"levels", "patch_embed", "regions"}
         if not self.need <= known:
             raise ConfigError(
                 f"a view of {self.input!r} needs {', '.join(sorted(self.need - known))}; {self.kind} towers give "
