@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from bvl.data.text import ROLES
 from bvl.errors import ConfigError
 from bvl.losses.caption import next_token_loss
-from bvl.models.dropout import fold, keys_of_parts
+from bvl.models.dropout import RowKeys, fold, keys_of_parts
 from bvl.tasks.base import Context, LossOutput, ModelInfo, Task, View
 
 
@@ -71,51 +71,18 @@ class Caption(Task):
         return {}
 
     def count(self, batch: dict[str, jax.Array], info: ModelInfo) -> Float[Array, ""]:
-        return self._predicted(batch).sum().astype(jnp.float32)
-
-    def _predicted(self, batch: dict[str, jax.Array]) -> Bool[Array, "b k t"]:
-        """Which tokens after the start token are predicted."""
-        return batch["text_mask"][..., 1:] & batch["text_valid"][..., None]
+        return predicted_tokens(batch["text_mask"], batch["text_valid"]).sum().astype(jnp.float32)
 
     def loss(self, ctx: Context) -> LossOutput:
-        batch = ctx.batch
-        num_texts, prefix = batch["text"].shape[1], batch["prompt"].shape[-1]
-        visual, visual_mask = self._visual(ctx)
-        visual, visual_mask = (jnp.repeat(x, num_texts, axis=0) for x in (visual, visual_mask))
-        # The start token stands in the prefix.
-        tokens = rearrange(
-            jnp.concatenate([batch["prompt"], batch["text"][..., 1:]], axis=-1), "b k l -> (b k) l"
-        )
-        mask = rearrange(
-            jnp.concatenate([batch["prompt_mask"], batch["text_mask"][..., 1:]], axis=-1), "b k l -> (b k) l"
-        )
-        inputs, parallel = tokens[:, :-1], None
-        if self.parallel:
-            drawn = jax.vmap(lambda key: jax.random.bernoulli(key, self.parallel))(fold(ctx.keys, 1))
-            parallel = jnp.repeat(drawn, num_texts)
-            written = jnp.arange(inputs.shape[1]) >= prefix
-            inputs = jnp.where(parallel[:, None] & written, ctx.info.mask_id, inputs)
-        hidden = ctx.model(
+        num_texts = ctx.batch["text"].shape[1]
+        visual, visual_mask = (jnp.repeat(x, num_texts, axis=0) for x in self._visual(ctx))
+        return text_loss(
+            ctx,
             visual,
             visual_mask,
-            inputs,
-            mask[:, :-1],
-            parallel,
-            keys_of_parts(ctx.decoder_keys, num_texts),
-            method="decode_train",
-        )
-        hidden = hidden[:, prefix - 1 :].astype(ctx.info.dtype)
-        weights = rearrange(self._predicted(batch), "b k t -> (b k t)").astype(jnp.float32)
-        total, correct = next_token_loss(
-            rearrange(hidden, "n t d -> (n t) d"),
-            ctx.model(method="vocabulary").astype(ctx.info.dtype),
-            rearrange(tokens[:, prefix:], "n t -> (n t)"),
-            weights,
+            *(ctx.batch[name] for name in ("text", "text_mask", "text_valid", "prompt", "prompt_mask")),
+            parallel=self.parallel,
             label_smoothing=self.label_smoothing,
-        )
-        count = weights.sum()
-        return LossOutput(
-            total / jnp.maximum(count, 1.0), {"loss": (total, count), "accuracy": (correct, count)}
         )
 
     def _visual(self, ctx: Context) -> tuple[Float[Array, "b s w"], Bool[Array, "b s"]]:
@@ -124,8 +91,65 @@ class Caption(Task):
             count = len(ctx.batch["text"])
             nothing = jnp.zeros((count, 1, ctx.info.image_width), ctx.info.dtype)
             return ctx.model(nothing, jnp.ones(count, bool), method="visual_tokens")
-        dropped = ~ctx.batch["image_valid"]
-        if self.image_dropout:
-            draw = jax.vmap(lambda key: jax.random.bernoulli(key, self.image_dropout))
-            dropped = dropped | draw(fold(ctx.keys, 0))
+        dropped = ~ctx.batch["image_valid"] | drawn(fold(ctx.keys, 0), self.image_dropout)
         return ctx.model(ctx.features["image"].tokens, dropped, method="visual_tokens")
+
+
+def drawn(keys: RowKeys, share: float) -> Bool[Array, " b"]:
+    """Rows drawn with probability `share`, each by its own key."""
+    return jax.vmap(lambda key: jax.random.bernoulli(key, share))(keys)
+
+
+def predicted_tokens(
+    text_mask: Bool[Array, "b k t"], text_valid: Bool[Array, "b k"]
+) -> Bool[Array, "b k t-1"]:
+    """Which tokens after the start token are predicted."""
+    return text_mask[..., 1:] & text_valid[..., None]
+
+
+def text_loss(
+    ctx: Context,
+    visual: Float[Array, "b*k s w"],
+    visual_mask: Bool[Array, "b*k s"],
+    text: Int[Array, "b k t"],
+    text_mask: Bool[Array, "b k t"],
+    text_valid: Bool[Array, "b k"],
+    prompt: Int[Array, "b k p"],
+    prompt_mask: Bool[Array, "b k p"],
+    *,
+    parallel: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """Mean cross-entropy of the valid texts' tokens, END included, by the decoder that sees visual tokens of each.
+
+    parallel: share of the b rows all of whose texts are read as mask tokens that see each other.
+    """
+    num_texts, prefix = text.shape[1], prompt.shape[-1]
+    # The start token stands in the prefix.
+    tokens = rearrange(jnp.concatenate([prompt, text[..., 1:]], axis=-1), "b k l -> (b k) l")
+    mask = rearrange(jnp.concatenate([prompt_mask, text_mask[..., 1:]], axis=-1), "b k l -> (b k) l")
+    inputs, is_parallel = tokens[:, :-1], None
+    if parallel:
+        is_parallel = jnp.repeat(drawn(fold(ctx.keys, 1), parallel), num_texts)
+        written = jnp.arange(inputs.shape[1]) >= prefix
+        inputs = jnp.where(is_parallel[:, None] & written, ctx.info.mask_id, inputs)
+    hidden = ctx.model(
+        visual,
+        visual_mask,
+        inputs,
+        mask[:, :-1],
+        is_parallel,
+        keys_of_parts(ctx.decoder_keys, num_texts),
+        method="decode_train",
+    )
+    hidden = hidden[:, prefix - 1 :].astype(ctx.info.dtype)
+    weights = rearrange(predicted_tokens(text_mask, text_valid), "b k t -> (b k t)").astype(jnp.float32)
+    total, correct = next_token_loss(
+        rearrange(hidden, "n t d -> (n t) d"),
+        ctx.model(method="vocabulary").astype(ctx.info.dtype),
+        rearrange(tokens[:, prefix:], "n t -> (n t)"),
+        weights,
+        label_smoothing=label_smoothing,
+    )
+    count = weights.sum()
+    return LossOutput(total / jnp.maximum(count, 1.0), {"loss": (total, count), "accuracy": (correct, count)})
