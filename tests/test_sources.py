@@ -84,8 +84,8 @@ def test_no_record_has_what_the_tasks_need(folder):
 
 def test_needs_of_batch_keys():
     assert needs_of(frozenset({"image", "text_id", "row"})) == {IMAGE, TEXT}
-    with pytest.raises(ConfigError, match="region_box"):
-        needs_of(frozenset({"image", "region_box"}))
+    with pytest.raises(ConfigError, match="region_colour"):
+        needs_of(frozenset({"image", "region_colour"}))
     record = {"image": "x.png", "caption": " ", "labels": []}
     every = frozenset({IMAGE, TEXT, LABELS})
     assert missing(record, every, TextChoice.of("caption")) == {TEXT}

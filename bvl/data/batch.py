@@ -11,13 +11,31 @@ A task names the keys it reads; the pipeline builds those, plus the bookkeeping 
     prompt                i32 [K, P]        prompt_mask  bool [K, P]: start token and controls of each text, padded on
                           the left (bvl/data/controls.py)
     labels                f32 [C]           label_valid  bool [C]
+
+Prompts that point at regions to be described (bvl/data/regions.py; R = data.regions.max_regions; boxes are fractions
+of the image as the batch has it; (h, w) = image size // data.regions.mask_stride):
+    region_valid bool [R]     region_kind i8 [R]: place in regions.KINDS     region_box f32 [R, 4]: of a mask the tight
+    box, of a point [x, y, x, y]     region_point f32 [R, 2]: of a box or mask the centre of the box
+    region_mask bool [R, h, w]: the box filled in, the cell of the point, the mask
+    region_text, region_text_mask [R, T]     region_prompt, region_prompt_mask [R, P]: as text and prompt
+
+Objects and phrases that name them (bvl/data/phrases.py; M = max_objects, N = max_phrases):
+    object_box f32 [M, 4]     object_valid bool [M]     object_mask bool [M, h, w]     object_mask_valid bool [M]
+    object_known bool: False where the record does not say what objects it shows
+    phrase i32 [N, T]     phrase_mask bool [N, T]     phrase_valid bool [N]     phrase_id u32 [N]: as text_id
+    phrase_present bool [N]     phrase_known bool [N]: False where it is not known whether it is there
+    phrase_object bool [N, M]: the objects it names     phrase_mark i32 [N]: the last token of its marked word
+    phrase_pixels bool [N, h, w]: what it names, objects beyond M as well     phrase_pixels_valid bool [N]
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import Any
 
+from bvl.data.phrases import known_absent
+from bvl.data.regions import Regions, region_entries
 from bvl.data.text_choice import TextChoice
 from bvl.errors import ConfigError
 
@@ -28,8 +46,11 @@ class Need(enum.Enum):
     IMAGE = "image"
     TEXT = "text"
     LABELS = "labels"
+    REGIONS = "boxes"
+    PHRASES = "boxes or known labels"
 
 
+REGION_NAME = Regions().text_choice()
 BOOKKEEPING = ("row", "record", "source", "valid")
 KEY_NEEDS: dict[str, Need] = {
     "image": Need.IMAGE,
@@ -43,6 +64,18 @@ KEY_NEEDS: dict[str, Need] = {
     "prompt_mask": Need.TEXT,
     "labels": Need.LABELS,
     "label_valid": Need.LABELS,
+    **dict.fromkeys(
+        ("region_box", "region_point", "region_mask", "region_kind", "region_valid"), Need.REGIONS
+    ),
+    **dict.fromkeys(("region_text", "region_text_mask", "region_prompt", "region_prompt_mask"), Need.REGIONS),
+    **dict.fromkeys(
+        ("object_box", "object_valid", "object_mask", "object_mask_valid", "object_known"), Need.PHRASES
+    ),
+    **dict.fromkeys(("phrase", "phrase_mask", "phrase_valid", "phrase_id", "phrase_mark"), Need.PHRASES),
+    **dict.fromkeys(
+        ("phrase_present", "phrase_known", "phrase_object", "phrase_pixels", "phrase_pixels_valid"),
+        Need.PHRASES,
+    ),
 }
 
 
@@ -53,11 +86,22 @@ def needs_of(keys: frozenset[str]) -> frozenset[Need]:
         raise ConfigError(
             f"a task asks for batch keys that the pipeline cannot build: {', '.join(sorted(unknown))}"
         )
-    return frozenset(KEY_NEEDS[key] for key in keys if key in KEY_NEEDS)
+    needs = frozenset(KEY_NEEDS[key] for key in keys if key in KEY_NEEDS)
+    return needs | {Need.IMAGE} if needs & {Need.REGIONS, Need.PHRASES} else needs
 
 
-def missing(record: dict[str, Any], needs: frozenset[Need], choice: TextChoice) -> frozenset[Need]:
-    """Which of `needs` the record cannot give."""
+def missing(
+    record: dict[str, Any],
+    needs: frozenset[Need],
+    choice: TextChoice,
+    *,
+    region_choice: TextChoice = REGION_NAME,
+    complete: Iterable[str] = (),
+) -> frozenset[Need]:
+    """Which of `needs` the record cannot give.
+
+    region_choice: which text of a region describes it. complete: as `bvl.data.phrases.known_absent` takes it.
+    """
     absent = set()
     if Need.IMAGE in needs and record.get("image") is None:
         absent.add(Need.IMAGE)
@@ -65,4 +109,10 @@ def missing(record: dict[str, Any], needs: frozenset[Need], choice: TextChoice) 
         absent.add(Need.TEXT)
     if Need.LABELS in needs and record.get("labels") is None:
         absent.add(Need.LABELS)
+    entries = region_entries(record) if needs & {Need.REGIONS, Need.PHRASES} else []
+    if Need.REGIONS in needs and not any(map(region_choice.offers, entries)):
+        absent.add(Need.REGIONS)
+    # A phrase that is not there teaches as much as one that is.
+    if Need.PHRASES in needs and not entries and not known_absent(record, complete):
+        absent.add(Need.PHRASES)
     return frozenset(absent)

@@ -20,6 +20,8 @@ import numpy as np
 
 from bvl.data.batch import Need, needs_of
 from bvl.data.controls import Controls
+from bvl.data.phrases import PhraseSampler
+from bvl.data.regions import PromptSampler, Regions, Visible, entry_boxes, region_entries
 from bvl.data.sampler import Sampler, weight_at
 from bvl.data.sources import RecordSet, Source
 from bvl.data.text import Tokenizer, TokenizerConfig
@@ -43,6 +45,8 @@ class DataConfig:
     texts_per_image: K of the text keys; a record with fewer different texts fills the rest with invalid ones.
     word_dropout: share of the words of a training text that are left out, drawn anew for each; one always stays.
     controls: what stands in front of captions to say which one is wanted.
+    regions: how boxes and masks are shown to tasks that describe or find regions. Of the controls their texts have the
+    length; their words are never dropped.
     classes: names of the label columns, None = all labels in training.
     """
 
@@ -54,6 +58,7 @@ class DataConfig:
     texts_per_image: int = 1
     word_dropout: float = 0.0
     controls: Controls = Controls()
+    regions: Regions = Regions()
     classes: tuple[str, ...] | None = None
     max_bad_fraction: float = 0.01
     workers: int = 0
@@ -127,7 +132,7 @@ class Pipeline:
         self.batch_size, self.seed = batch_size, seed
         self.keys = frozenset().union(*keys_of_tasks.values())
         self.needs = needs_of(self.keys)
-        if Need.TEXT in self.needs and tokenizer is None:
+        if self.needs & {Need.TEXT, Need.REGIONS, Need.PHRASES} and tokenizer is None:
             raise ConfigError("a task reads text, but no tokenizer was given")
         self._with_prompt = bool(self.keys & {"prompt", "prompt_mask"})
         flipped = [s.config.laterality for s in sets if config.augment_of(s.config).flip_horizontal]
@@ -137,7 +142,7 @@ class Pipeline:
                 "matter: set data.train.0.laterality=false where they do not, or leave the flip out"
             )
         needs = {name: needs_of(keys) for name, keys in keys_of_tasks.items()}
-        self.indices, self.left_out = zip(*(s.usable(needs) for s in sets), strict=True)
+        self.indices, self.left_out = zip(*(s.usable(needs, config.regions) for s in sets), strict=True)
         self.sampler = Sampler(
             [len(i) for i in self.indices],
             [s.config.weight for s in sets],
@@ -146,6 +151,13 @@ class Pipeline:
             classes=[s.classes(i) for s, i in zip(sets, self.indices, strict=True)],
         )
         self._class_index = {name: i for i, name in enumerate(classes)}
+        shown = {"tokenizer": tokenizer, "height_width": config.preprocess.height_width}
+        self._prompts = self._phrases = None
+        if Need.REGIONS in self.needs:
+            self._prompts = PromptSampler(config.regions, controls=config.controls, **shown)
+        if Need.PHRASES in self.needs:
+            self._phrases = PhraseSampler(config.regions, **shown)
+            self._banks = [s.phrase_bank() for s in sets]
         self._control_notes: list[str] = []
         if self._with_prompt and {"quality", "prompt"} & set(config.controls.enabled):
             records = (
@@ -177,6 +189,14 @@ class Pipeline:
             notes = f"; none has the text {' or '.join(map(repr, unfilled))}" if unfilled else ""
             if record_set.config.templates and "labels" not in dict(record_set.choice.options):
                 notes += "; templates are not read, since they are forms of the text 'labels'"
+            if Need.PHRASES in self.needs:
+                room = self.config.regions.max_objects
+                more = sum(len(region_entries(record_set.describe(int(i)))) > room for i in index)
+                if more:
+                    notes += (
+                        f"; {more} have more than {room} objects, of which a random part is shown "
+                        f"(data.regions.max_objects)"
+                    )
             lines.append(
                 f"source {record_set.name}: {len(index)} of {len(record_set)} records{why}, share {shares}{balanced}"
                 f"{notes}"
@@ -218,8 +238,11 @@ class Pipeline:
         """The declared keys of one record, augmented with `rng`."""
         record_set, config = self.sets[source], self.config
         height, width = config.preprocess.height_width
-        record = record_set.load(index)
+        with_regions = bool(self.needs & {Need.REGIONS, Need.PHRASES})
+        record = record_set.load(index, mask=with_regions)
+        entries = region_entries(record) if with_regions else []
         out: dict[str, np.ndarray] = {}
+        shown = None
         if Need.IMAGE in self.needs:
             if record.get("image") is None:
                 out["image"] = np.zeros((height, width, 3), np.uint8)
@@ -230,6 +253,8 @@ class Pipeline:
                     preprocess=config.preprocess,
                     augment=config.augment_of(record_set.config),
                     rng=rng,
+                    boxes=entry_boxes(entries, record.get("mask")) if with_regions else None,
+                    mask=record.get("mask"),
                     allow_horizontal_flip=not record_set.config.laterality,
                 )
                 out["image"], out["image_box"] = shown.image, np.asarray(shown.image_box, np.float32)
@@ -250,6 +275,14 @@ class Pipeline:
                 out["prompt"], out["prompt_mask"] = (np.stack(arrays) for arrays in zip(*rows, strict=True))
         if Need.LABELS in self.needs:
             out["labels"], out["label_valid"] = encode_labels(record, self._class_index)
+        if with_regions:
+            visible = Visible(record, entries, shown) if shown is not None else None
+            # Generators of their own: what one task reads changes no other task's examples.
+            prompt_rng, phrase_rng = rng.spawn(2)
+            if self._prompts is not None:
+                out |= self._prompts.draw(visible, out["image_box"], prompt_rng)
+            if self._phrases is not None:
+                out |= self._phrases.draw(record, visible, self._banks[source], phrase_rng)
         return {k: v for k, v in out.items() if k in self.keys}
 
     def draw_texts(
@@ -345,8 +378,13 @@ def label_names(sets: list[RecordSet]) -> tuple[str, ...]:
     )
 
 
-def training_texts(sets: list[RecordSet], controls: Controls | None = None) -> Iterator[str]:
-    """Every text that training could show, once for each record and field; with `controls` also the prompts."""
+def training_texts(
+    sets: list[RecordSet], controls: Controls | None = None, regions: Regions | None = None
+) -> Iterator[str]:
+    """Every text that training could show, once for each record and field.
+
+    controls: also the prompts. regions: also the texts and phrases of the regions, for tasks that read them.
+    """
     for record_set in sets:
         for i in range(len(record_set)):
             record = record_set.describe(i)
@@ -354,3 +392,5 @@ def training_texts(sets: list[RecordSet], controls: Controls | None = None) -> I
             prompt = controls.prompt_of(record) if controls is not None else None
             if prompt is not None:
                 yield prompt
+        if regions is not None:
+            yield from record_set.region_texts(regions)

@@ -7,7 +7,9 @@ of ArrayRecord files, of a TFDS set or of arrays in memory:
     image         path relative to the manifest; absent in text-only sources
     caption, alt_text, findings, impression, ...   any string field can be chosen as text
     labels        list of strings (CSV: separated by | or ;);  class_prompt: a text for the class
-    boxes         list of {"box": [x0, y0, x1, y1] in fractions of the image, "name": string}
+    labels_known  list of strings: the labels that were looked for; those not in `labels` are known not to be there
+    boxes         list of {"box": [x0, y0, x1, y1] in fractions of the image, "name": string, "texts": list of strings
+                  that are true of what is in the box (and of no other box that does not have them), other fields}
     mask          path of a PNG of instance ids (0 = background, id k belongs to boxes[k-1]),
                   or, with mask_name, of one named region
     quality       {"caption": 3}: bins of the texts of a field, 0 = worst; of a field with a list of texts a list of
@@ -188,11 +190,12 @@ def check_record(record: Mapping[str, Any], *, where: str) -> Record:
         value = record.get(field)
         if value is not None and not isinstance(value, str):
             raise DataError(f"{where}: {field} is {shorten(value)}; it must be a string, or null for none.")
-    labels = record.get("labels")
-    if labels is not None and not (isinstance(labels, list) and all(isinstance(v, str) for v in labels)):
-        raise DataError(
-            f'{where}: labels is {shorten(labels)}; it must be a list of strings such as ["a", "b"], or null.'
-        )
+    for field in ("labels", "labels_known"):
+        labels = record.get(field)
+        if labels is not None and not _is_strings(labels):
+            raise DataError(
+                f'{where}: {field} is {shorten(labels)}; it must be a list of strings such as ["a", "b"], or null.'
+            )
     if "quality" in record:
         record["quality"] = _check_quality(record["quality"], where)
     boxes = record.get("boxes")
@@ -223,6 +226,10 @@ def _check_box(entry: Any, where: str) -> dict[str, Any]:
         raise DataError(f'{where}: {shorten(entry)} is no {{"box": [x0, y0, x1, y1], "name": ...}}.')
     if not isinstance(entry.get("name"), str) or not entry["name"].strip():
         raise DataError(f"{where}: the box has no name; say what it shows.")
+    if entry.get("texts") is not None and not _is_strings(entry["texts"]):
+        raise DataError(
+            f"{where}: texts is {shorten(entry['texts'])}; it must be a list of strings that are true of the box."
+        )
     box = entry["box"]
     if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(v) for v in box):
         raise DataError(f"{where}: box is {shorten(box)}; it must be four numbers [x0, y0, x1, y1].")
@@ -323,6 +330,10 @@ def _free_name(base: str, taken: Mapping[str, int]) -> str:
     while f"{base}#{repeat}" in taken:
         repeat += 1
     return f"{base}#{repeat}"
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
 def _is_finite(value: Any) -> bool:

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from bvl.data.arrays import Arrays
 from bvl.data.batch import Need, missing
 from bvl.data.images import load_mask, open_image
 from bvl.data.phantoms import Phantoms, PhantomSource
+from bvl.data.phrases import PhraseBank, region_texts
+from bvl.data.regions import Regions, region_entries
 from bvl.data.sampler import check_weight
 from bvl.data.text_choice import TextChoice
 from bvl.data.tfds import TfdsTable, is_expression
@@ -48,7 +51,9 @@ class Source:
     sentences: "one" trains on one random sentence of a text instead of all.
     laterality: left and right matter, so horizontal flips are forbidden.
     augment: random changes of this source's training images, None = those of data.augment.
-    cache: keep decoded images in memory (for sets that fit).
+    boxes_complete: every object whose name is among the source's boxes is boxed wherever it is, so that a name
+      without a box is known not to be there.
+    cache: keep decoded images, and masks where they are read, in memory (for sets that fit).
     """
 
     name: str = ""
@@ -67,6 +72,7 @@ class Source:
     sentences: Literal["all", "one"] = "all"
     laterality: bool = True
     augment: Augment | None = None
+    boxes_complete: bool = False
     cache: bool = False
     image_column: str = "image"
     text_column: str | None = None
@@ -165,7 +171,8 @@ class RecordSet:
         self.config = source
         self.name = source.label
         self.choice = source.choice()
-        self._cache: dict[int, dict[str, Any]] = {}
+        # Apart, as a record without its mask must never replace one with it.
+        self._cache: dict[bool, dict[int, dict[str, Any]]] = {False: {}, True: {}}
         if source.phantoms is not None:
             self._phantoms = PhantomSource(source.phantoms)
             everything = np.arange(len(self._phantoms))
@@ -193,8 +200,11 @@ class RecordSet:
 
         Raises ImageError for a file that cannot be read.
         """
-        if index in self._cache and not mask:
-            return self._cache[index]
+        cached = self._cache[True].get(index)
+        if cached is not None:
+            return cached if mask or "mask" not in cached else {**cached, "mask": None}
+        if not mask and index in self._cache[False]:
+            return self._cache[False][index]
         record = dict(self._records[index])
         if self._phantoms is not None:
             drawn = self._phantoms[int(self._index[index])]
@@ -209,8 +219,12 @@ class RecordSet:
                 pixels = self._folder.pixels(record, field)
                 name = None if isinstance(pixels, str | Path) else f"{self.name}: {record[field]}"
                 record[field] = read(pixels, self._folder.root, name=name)
-        if self.config.cache and not mask:
-            self._cache[index] = record
+                if field == "mask":
+                    record[field] = record[field].astype(np.min_scalar_type(record[field].max()))
+        if self.config.cache:
+            self._cache[mask][index] = record
+            if mask:
+                self._cache[False].pop(index, None)
         return record
 
     def groups(self) -> list[str]:
@@ -229,22 +243,44 @@ class RecordSet:
     def licences(self) -> dict[str, int]:
         return dict(collections.Counter(str(r.get("licence") or "not stated") for r in self._records))
 
-    def usable(self, needs_of_tasks: dict[str, frozenset[Need]]) -> tuple[np.ndarray, dict[str, int]]:
-        """(indices of records that give at least one task all it needs, count by reason of those left out)."""
+    def complete_names(self) -> tuple[str, ...]:
+        """All names of regions, sorted, where a name without a box is known not to be there; else none."""
+        if not self.config.boxes_complete:
+            return ()
+        return tuple(sorted({entry["name"] for record in self._records for entry in region_entries(record)}))
+
+    def phrase_bank(self) -> PhraseBank:
+        """What its regions are called, and what its records are known not to show."""
+        return PhraseBank(self._records, self.complete_names())
+
+    def region_texts(self, regions: Regions) -> Iterator[str]:
+        """Every text and phrase of its regions, for a tokenizer to learn from."""
+        return region_texts(self._records, regions, self.complete_names())
+
+    def usable(
+        self, needs_of_tasks: dict[str, frozenset[Need]], regions: Regions | None = None
+    ) -> tuple[np.ndarray, dict[str, int]]:
+        """(indices of records that give at least one task all it needs, count by reason of those left out).
+
+        regions: says which texts describe regions, None = the defaults.
+        """
         keep, left_out = [], collections.Counter()
+        shown = {
+            "region_choice": (regions or Regions()).text_choice(),
+            "complete": self.complete_names(),
+        }
         for i, record in enumerate(self._records):
-            absent = [missing(record, needs, self.choice) for needs in needs_of_tasks.values()]
+            absent = [missing(record, needs, self.choice, **shown) for needs in needs_of_tasks.values()]
             if any(not a for a in absent):
                 keep.append(i)
             else:
                 left_out["without " + " and ".join(sorted(n.value for n in min(absent, key=len)))] += 1
         if not keep:
             reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
-            read = (
-                f", text={self.config.text!r}"
-                if Need.TEXT in frozenset().union(*needs_of_tasks.values())
-                else ""
-            )
+            needed = frozenset().union(*needs_of_tasks.values())
+            read = f", text={self.config.text!r}" if Need.TEXT in needed else ""
+            if Need.REGIONS in needed and regions is not None:
+                read += f", data.regions.text={regions.text!r}"
             raise DataError(
                 f"source {self.name!r} (split {self.config.split!r}{read}): none of its {len(self)} records has what the "
                 f"tasks {', '.join(needs_of_tasks)} need: {reasons}. Fields that its records have: "

@@ -12,7 +12,7 @@ from bvl.data.phantoms.canvas import footprint, to_uint8
 from bvl.data.phantoms.catalogue import FINDINGS, MODALITIES
 from bvl.data.phantoms.plan import MAX_VISITS, PAINTERS, generator, mix, plan_scene
 from bvl.data.phantoms.scene import Scene
-from bvl.data.phantoms.text import write_caption, write_report
+from bvl.data.phantoms.text import region_texts, write_caption, write_report
 from bvl.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
@@ -188,7 +188,18 @@ class PhantomSource:
             rows, cols = np.flatnonzero(f.inside.any(1)), np.flatnonzero(f.inside.any(0))
             top, left = f.rows.start, f.cols.start
             box = [left + cols[0], top + rows[0], left + cols[-1] + 1, top + rows[-1] + 1]
-            boxes.append({"box": [float(edge) / size for edge in box], "name": instance.finding})
+            fact = scene.facts["findings"][instance.finding]
+            texts = region_texts(
+                scene.modality, instance.finding, instance.site, fact["size"], fact["severity"]
+            )
+            boxes.append(
+                {
+                    "box": [float(edge) / size for edge in box],
+                    "name": instance.finding,
+                    "texts": list(texts),
+                    "site": instance.site,
+                }
+            )
 
         rng = random.Random(mix(config.seed, _TEXT, index))
         captions = [

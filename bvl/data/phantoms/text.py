@@ -5,6 +5,8 @@ severity. Which statements a caption makes, their wording and its length are ran
 """
 
 import dataclasses
+import functools
+import itertools
 import random
 
 from bvl.data.phantoms.catalogue import CATALOGUE, FINDING_OF, Modality, indefinite
@@ -77,6 +79,26 @@ def _positive(rng: random.Random, modality: Modality, name: str, fact: dict, mos
         core = indefinite(core)
     statement = {"finding": name, "presence": fact["presence"]} | {key: fact[key] for key in used}
     return (f"{core} {used['site']}" if "site" in used else core), statement
+
+
+@functools.cache
+def region_texts(modality: str, name: str, site: str, size: str, severity: str) -> tuple[str, ...]:
+    """Every phrase, worded as in captions, that is true of one drawn finding.
+
+    As they are all there is to say, two findings of which the same is true share the phrase that says it. That a
+    finding is equivocal is not said.
+    """
+    finding = FINDING_OF[name]
+    severities = () if severity == "equivocal" else finding.severity_words[severity == "marked"]
+    return tuple(
+        " ".join(word for word in words if word)
+        for words in itertools.product(
+            ("", size),
+            ("", *severities),
+            (singular for singular, _ in finding.nouns),
+            ("", *CATALOGUE[modality].sites[site]),
+        )
+    )
 
 
 def _negative(rng: random.Random, name: str, most: int, *, after_lead: bool) -> str:

@@ -15,7 +15,7 @@ _README = """# Phantom images
 No person and no photograph is behind them. Licence: CC0-1.0.
 
 `records.jsonl` has one record a line; `images/` and `masks/` lie beside it. Id k of a mask is `boxes[k-1]`,
-0 is background; boxes are [x0, y0, x1, y1] in 0..1 of the image. `facts` is the ground truth of each image,
+0 is background; boxes are [x0, y0, x1, y1] in 0..1 of the image, `texts` what is true of each. `facts` is the ground truth of each image,
 `caption_statements` what each caption says. Left and right are the patient's.
 """
 
