@@ -150,7 +150,8 @@ class Task:
     def prepare(self, batch: dict[str, jax.Array], keys: RowKeys, info: ModelInfo) -> dict[str, jax.Array]:
         """Further batch entries "<task>/<name>", made on the device before anything is encoded.
 
-        Each row may depend on its own row and key alone.
+        Each row may depend on its own row and key alone, unless the task needs all rows at once. Such a task may also
+        make images in any number; images of a row may have a further axis ([b, n, h, w, c] is encoded as b * n images).
         """
         return {}
 

@@ -124,7 +124,8 @@ class Program:
         *,
         keys: dict[str, RowKeys | None] | None = None,
     ) -> tuple[dict[str, Features], Statistics]:
-        """(input -> features of the batch, batch norms' new statistics); texts are flattened to [B * K, T].
+        """(input -> features of the batch, batch norms' new statistics); texts are flattened to [B * K, T], as are
+        images of which a row has several.
 
         keys: kind -> keys of the rows where its tower is trained.
         """
@@ -133,7 +134,14 @@ class Program:
             # Two inputs of one row have masks of their own.
             row_keys = fold((keys or {}).get(view.kind), _number(name))
             if view.kind == "image":
-                inputs = (normalize_image(batch[name], preprocess.mean, preprocess.std, model.dtype),)
+                pixels = batch[name]
+                if pixels.ndim == 5:
+                    row_keys = keys_of_parts(row_keys, pixels.shape[1])
+                    pixels = rearrange(pixels, "b n h w c -> (b n) h w c")
+                elif row_keys is not None:
+                    # There may be fewer than rows.
+                    row_keys = row_keys[: len(pixels)]
+                inputs = (normalize_image(pixels, preprocess.mean, preprocess.std, model.dtype),)
             else:
                 inputs = tuple(rearrange(batch[key], "b k t -> (b k) t") for key in (name, f"{name}_mask"))
                 row_keys = keys_of_parts(row_keys, batch[name].shape[1])
