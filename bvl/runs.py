@@ -1,7 +1,7 @@
 """The run folder: where its files lie, its lock, and how a model is loaded from it.
 
 config.json  env.json  checkpoints/  metrics.jsonl  eval.json  eval/<name>.json  predictions/*.jsonl
-tokenizer.json  preprocess.json  classes.json  bad_records.jsonl
+tokenizer.json  preprocess.json  classes.json  calibration.json  bad_records.jsonl
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bvl import config as config_lib
 from bvl.checkpoint import Checkpoints, complete_steps
 from bvl.data.images import open_image
 from bvl.data.text import Tokenizer
-from bvl.data.transforms import Preprocess, apply
+from bvl.data.transforms import Preprocess, Transformed, apply
 from bvl.errors import CheckpointError, RunFolderError
 from bvl.mesh import MeshConfig, make_mesh, replicated, rows_on_devices, to_global
 from bvl.models.features import ImageFeatures, TextFeatures
@@ -47,6 +47,7 @@ class RunFolder:
         self.tokenizer = self.path / "tokenizer.json"
         self.preprocess = self.path / "preprocess.json"
         self.classes = self.path / "classes.json"
+        self.calibration = self.path / "calibration.json"
         self.bad_records = self.path / "bad_records.jsonl"
 
     @contextlib.contextmanager
@@ -173,6 +174,8 @@ class Components:
     classes: tuple[str, ...]
     encoder: Encoder
     step: int = 0
+    # Presence logits of held-out absent phrases, as calibration.json holds them (bvl/evals/grounding.py).
+    calibration: dict[str, Any] | None = None
     _hash: str | None = None
 
     def encode_images(
@@ -200,7 +203,11 @@ class Components:
 
     def pixels(self, image: Any) -> np.ndarray:
         """The evaluation view of one image: uint8 [H, W, 3]."""
-        return apply(open_image(image), preprocess=self.preprocess).image
+        return self.transform(image).image
+
+    def transform(self, image: Any) -> Transformed:
+        """The evaluation view of one image, and the way back to the original."""
+        return apply(open_image(image), preprocess=self.preprocess)
 
     def scale_and_bias(self) -> tuple[float, float]:
         scale, bias = self.encoder.scale_and_bias(self.params["model"])
@@ -280,8 +287,10 @@ def load_components(
         checkpoints.close()
     model = build_model(config, tokenizer)
     check_vocabulary(params["model"], tokenizer, str(run.path))
+    encoder = Encoder(model, preprocess, mesh)
+    calibration = json.loads(run.calibration.read_text()) if run.calibration.is_file() else None
     return Components(
-        model, params, tokenizer, preprocess, config, classes, Encoder(model, preprocess, mesh), step
+        model, params, tokenizer, preprocess, config, classes, encoder, step, calibration=calibration
     )
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from bvl.errors import ConfigError
 from bvl.losses.contrastive import softmax_loss
 from bvl.losses.masks import mask_bce, mask_dice_loss, sigmoid_focal_loss
 from bvl.losses.set_prediction import match_boxes
 from bvl.losses.targets import same_text
-from bvl.models.dropout import fold, keys_of_parts
+from bvl.models.dropout import RowKeys, fold, keys_of_parts
 from bvl.models.features import Located
 from bvl.models.layers import l2_normalize
 from bvl.models.roi_align import box_coverage, region_mean
@@ -210,23 +211,37 @@ def encode_phrases(
         phrase = ctx.features["phrase"]
         vector, words = phrase.pooled, phrase.tokens
     else:
-        image = ctx.features["image"].tokens
-        visual = ctx.model(image, jnp.zeros(len(image), bool), method="visual_tokens")
-        words = ctx.model(
-            *(jnp.repeat(x, count, axis=0) for x in visual),
-            rearrange(batch["phrase"], "b p t -> (b p) t"),
-            rearrange(mask, "b p t -> (b p) t"),
-            None,
-            keys_of_parts(ctx.decoder_keys, count),
-            method="decode_train",
-        )
-        marked = batch["phrase_mark"].reshape(-1, 1, 1)
-        vector = jnp.take_along_axis(words, marked, axis=1)[:, 0]
+        keys = keys_of_parts(ctx.decoder_keys, count)
+        tokens = ctx.features["image"].tokens
+        return *phrases_by_decoder(ctx.model, tokens, batch["phrase"], mask, batch["phrase_mark"], keys), mask
     return (
         rearrange(vector, "(b p) d -> b p d", p=count),
         rearrange(words, "(b p) t d -> b p t d", p=count),
         mask,
     )
+
+
+def phrases_by_decoder(
+    model: Callable[..., Any],
+    image_tokens: Float[Array, "b l d"],
+    phrases: Int[Array, "b p t"],
+    mask: Bool[Array, "b p t"],
+    marks: Int[Array, "b p"],
+    keys: RowKeys | None = None,
+) -> tuple[Float[Array, "b p w"], Float[Array, "b p t w"]]:
+    """(state at the marked word, all states) of phrases that the text decoder reads with the image in view."""
+    rows, count = phrases.shape[:2]
+    visual = model(image_tokens, jnp.zeros(rows, bool), method="visual_tokens")
+    words = model(
+        *(jnp.repeat(x, count, axis=0) for x in visual),
+        rearrange(phrases, "b p t -> (b p) t"),
+        rearrange(mask, "b p t -> (b p) t"),
+        None,
+        keys,
+        method="decode_train",
+    )
+    words = rearrange(words, "(b p) t d -> b p t d", p=count)
+    return jnp.take_along_axis(words, marks[..., None, None], axis=2)[:, :, 0], words
 
 
 def sum_terms(

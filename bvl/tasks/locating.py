@@ -1,0 +1,404 @@
+"""Finding regions by a trained model: phrases, masks, objects and heat maps, in coordinates of the original image."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.ndimage
+from einops import rearrange
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from bvl.config import Config
+from bvl.data.images import open_image
+from bvl.data.phrases import encode_phrases, read_mark
+from bvl.data.resample import to_original_pixels
+from bvl.data.transforms import Transformed, boxes_to_original
+from bvl.errors import ConfigError, UserError
+from bvl.mesh import replicated
+from bvl.metrics.boxes import non_maximum_suppression
+from bvl.metrics.presence import conformal_p_values
+from bvl.models.features import ImageFeatures, Located
+from bvl.models.vlm import DualEncoder
+from bvl.runs import Components
+from bvl.tasks.contrastive import embed_texts, has_contrastive
+from bvl.tasks.detection import Detection
+from bvl.tasks.grounding import Grounding
+from bvl.tasks.mosaic import Mosaic
+
+# Phrases of an image that are looked for at a time: one compiled program for any number.
+PHRASES_AT_ONCE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Grounded:
+    """Where the phrases of one image are.
+
+    boxes: the best box of each, fractions of the original image. scores: the model's probability that it is there.
+    p_values: how often a phrase that is not there scores as high, by the run's calibration; NaN without one.
+    found: p_value <= alpha, or, without calibration, scores >= 0.5.
+    """
+
+    boxes: Float[np.ndarray, "k 4"]
+    scores: Float[np.ndarray, " k"]
+    p_values: Float[np.ndarray, " k"]
+    found: Bool[np.ndarray, " k"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """The objects of one image, best first; boxes in fractions of the original image.
+
+    masks: probabilities at the original image's size, of a model with instance masks, else None.
+    """
+
+    boxes: Float[np.ndarray, "n 4"]
+    names: list[str]
+    scores: Float[np.ndarray, " n"]
+    masks: Float[np.ndarray, "n h w"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LocatedImage:
+    """What the model gives for the phrases of one image: best boxes and presence logits, and the way back.
+
+    boxes: fractions of the original image. mask_logits: on the decoder's grid. size: of the original (height, width).
+    """
+
+    boxes: Float[np.ndarray, "k 4"]
+    presence: Float[np.ndarray, " k"]
+    mask_logits: Float[np.ndarray, "k i j"]
+    transformed: Transformed
+    size: tuple[int, int]
+
+    def masks(self) -> Float[np.ndarray, "k h w"]:
+        """Mask probabilities at the original image's size; 0 where the model did not see it."""
+        logits = to_original_pixels(self.mask_logits, self.transformed, self.size, outside=-np.inf)
+        return np.asarray(jax.nn.sigmoid(logits))
+
+
+def grounding_task_of(config: Config) -> Grounding:
+    """A config's grounding task; ConfigError, naming what is missing, if it has none."""
+    return _task_of(config, Grounding, "look for phrases", "'grounding': Grounding()")
+
+
+def detection_task_of(config: Config) -> Detection:
+    """A config's detection task; ConfigError, naming what is missing, if it has none."""
+    return _task_of(config, Detection, "detect objects", "'detection': Detection()")
+
+
+def _task_of(config: Config, kind: type, what: str, example: str) -> Any:
+    for task in config.tasks.values():
+        if isinstance(task, kind):
+            return task
+    there = ", ".join(f"{n} ({type(t).__name__})" for n, t in config.tasks.items())
+    raise ConfigError(
+        f"this run cannot {what}: it has no task of type {kind.__name__}, only {there}. Train one with "
+        f"tasks={{..., {example}}} and model.region_decoder set, as configs/quickstart.py does"
+    )
+
+
+def ground(
+    components: Components,
+    images: Sequence[Any],
+    phrases: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    alpha: float = 0.1,
+    batch_size: int = 16,
+) -> list[Grounded]:
+    """The box of each phrase and whether the image shows what it names.
+
+    phrases: the same for all images, or a list for each. One word may be marked with asterisks ("a *nodule* on the
+    left"), which a run with phrases="decoder" reads. alpha: share of absent phrases that may be taken as found.
+    Raises ConfigError for a run without a grounding task, UserError for phrases that cannot be used.
+    """
+    if not 0 < alpha < 1:
+        raise UserError(f"alpha={alpha}: the share of absent phrases that may be found must lie in 0..1")
+    negatives = (components.calibration or {}).get("negatives")
+    out = []
+    for located in locate(components, images, phrases, batch_size=batch_size):
+        scores = np.asarray(jax.nn.sigmoid(located.presence), np.float32)
+        if negatives:
+            p_values = conformal_p_values(located.presence, np.asarray(negatives)).astype(np.float32)
+            found = p_values <= alpha
+        else:
+            p_values, found = np.full(len(scores), np.nan, np.float32), scores >= 0.5
+        out.append(Grounded(located.boxes, scores, p_values, found))
+    return out
+
+
+def segment(
+    components: Components,
+    images: Sequence[Any],
+    phrases: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    batch_size: int = 16,
+) -> list[Float[np.ndarray, "k h w"]]:
+    """For each image the probability of every pixel of the original to belong to what each phrase names.
+
+    Arguments and errors are those of `ground`.
+    """
+    return [found.masks() for found in locate(components, images, phrases, batch_size=batch_size)]
+
+
+def locate(
+    components: Components,
+    images: Sequence[Any],
+    phrases: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    batch_size: int = 16,
+) -> Iterator[LocatedImage]:
+    """What the model gives for the phrases of each image, in order; each image is encoded once."""
+    task = grounding_task_of(components.config)
+    images = _checked_images(images, batch_size)
+    lists = _phrase_lists(components, phrases, len(images))
+    distinct = list(dict.fromkeys(phrase for row in lists for phrase in row))
+    place = {phrase: i for i, phrase in enumerate(distinct)}
+    tokens, mask, marks = encode_phrases(components.tokenizer, distinct)
+    arrays = {"tokens": tokens, "mask": mask, "marks": marks}
+    if task.phrases == "text":
+        texts = [read_mark(phrase)[0] for phrase in distinct]
+        encoded = list(components.encode_texts(texts, frozenset({"pooled", "tokens"})))
+        arrays["vectors"] = np.concatenate([np.asarray(x.pooled) for x in encoded])
+        arrays["words"] = np.concatenate([np.asarray(x.tokens) for x in encoded])
+    row = 0
+    for transformed, sizes, features in encode_regions(components, images, batch_size):
+        count = len(transformed)
+        wanted = lists[row : row + count]
+        row += count
+        chunks = []
+        for start in range(0, max(map(len, wanted)), PHRASES_AT_ONCE):
+            index = np.zeros((count, PHRASES_AT_ONCE), np.int64)
+            for i, names in enumerate(wanted):
+                part = [place[name] for name in names[start : start + PHRASES_AT_ONCE]]
+                index[i, : len(part)] = part
+            chunks.append(
+                _ground(
+                    components.params["model"],
+                    *_filled((features.tokens, features.levels), batch_size),
+                    _filled({name: array[index] for name, array in arrays.items()}, batch_size),
+                    grid=features.grid,
+                    model=components.model,
+                    mesh=components.encoder.mesh,
+                )
+            )
+        boxes, presence, masks = (
+            np.concatenate([np.asarray(part) for part in parts], axis=1)
+            for parts in zip(*chunks, strict=True)
+        )
+        for i, names in enumerate(wanted):
+            k = len(names)
+            yield LocatedImage(
+                boxes=boxes_to_original(boxes[i, :k], transformed[i]).astype(np.float32),
+                presence=presence[i, :k],
+                mask_logits=masks[i, :k],
+                transformed=transformed[i],
+                size=sizes[i],
+            )
+
+
+def detect(
+    components: Components,
+    images: Sequence[Any],
+    names: Sequence[str],
+    *,
+    threshold: float = 0.3,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+    batch_size: int = 16,
+) -> list[Detections]:
+    """The objects of each image that go by one of `names`, best first.
+
+    threshold: least score, the product of the probabilities that there is an object and that the name fits.
+    iou_threshold: of two boxes of one name that overlap more the better one stays.
+    Raises ConfigError for a run without a detection task, UserError for names that cannot be used.
+    """
+    detection_task_of(components.config)
+    images = _checked_images(images, batch_size)
+    if isinstance(names, str):
+        raise UserError("names is one text; give a list of names")
+    names = _phrase_lists(components, names, 1)[0]
+    embeddings = embed_texts(components, names)
+    out = []
+    for transformed, sizes, features in encode_regions(components, images, batch_size):
+        boxes, scores, masks = _detect(
+            components.params["model"],
+            *_filled((features.tokens, features.levels), batch_size),
+            embeddings,
+            grid=features.grid,
+            model=components.model,
+            mesh=components.encoder.mesh,
+        )
+        boxes, scores = np.asarray(boxes), np.asarray(scores)
+        for i, one in enumerate(transformed):
+            original = boxes_to_original(boxes[i], one)
+            # Boxes on the padding have no place on the image.
+            there = (original[:, 2:] > original[:, :2]).all(axis=1)
+            picked = []
+            for n in range(len(names)):
+                candidates = np.flatnonzero(there & (scores[i, :, n] >= threshold))
+                kept = non_maximum_suppression(
+                    original[candidates], scores[i, candidates, n], iou_threshold=iou_threshold
+                )
+                picked += [(float(scores[i, q, n]), int(q), n) for q in candidates[kept]]
+            picked = sorted(picked, key=lambda item: (-item[0], item[1], item[2]))[:max_detections]
+            chosen = [q for _, q, _ in picked]
+            own_masks = None
+            if masks is not None:
+                logits = to_original_pixels(np.asarray(masks[i])[chosen], one, sizes[i], outside=-np.inf)
+                own_masks = np.asarray(jax.nn.sigmoid(logits))
+            out.append(
+                Detections(
+                    boxes=original[chosen].astype(np.float32),
+                    names=[names[n] for _, _, n in picked],
+                    scores=np.array([score for score, _, _ in picked], np.float32),
+                    masks=own_masks,
+                )
+            )
+    return out
+
+
+def heat_maps(
+    components: Components,
+    images: Sequence[Any],
+    phrases: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    sigma: float = 0.5,
+    batch_size: int = 16,
+) -> list[Float[np.ndarray, "k h w"]]:
+    """For each image the likeness of every pixel's patch to each phrase, by a contrastive model without boxes.
+
+    The cosines of patch and text embeddings, smoothed by a Gaussian of `sigma` patches and interpolated (BioViL:
+    Boecking et al. 2022, arXiv:2204.09817, section 4.2); NaN where the model did not see the original image.
+    Raises ConfigError for a run without a contrastive task, UserError for phrases that cannot be used.
+    """
+    config = components.config
+    if not has_contrastive(config) and not any(isinstance(task, Mosaic) for task in config.tasks.values()):
+        raise ConfigError(
+            "heat maps compare patches with texts, which no task of this run has trained; train one with "
+            "tasks={..., 'contrastive': Contrastive()}"
+        )
+    if sigma < 0:
+        raise UserError(f"sigma={sigma}: must not be negative")
+    images = _checked_images(images, batch_size)
+    lists = _phrase_lists(components, phrases, len(images))
+    distinct = list(dict.fromkeys(phrase for row in lists for phrase in row))
+    embeddings = dict(zip(distinct, embed_texts(components, distinct), strict=True))
+    out = []
+    for transformed, sizes, features in encode_regions(components, images, batch_size, "patch_embed"):
+        for i, one in enumerate(transformed):
+            text = np.stack([embeddings[phrase] for phrase in lists[len(out)]])
+            cosines = rearrange(features.patch_embed[i] @ text.T, "(h w) k -> k h w", h=features.grid[0])
+            smooth = scipy.ndimage.gaussian_filter(cosines, (0, sigma, sigma), mode="nearest")
+            out.append(to_original_pixels(smooth, one, sizes[i], outside=np.nan))
+    return out
+
+
+def encode_regions(
+    components: Components, images: Sequence[Any], batch_size: int, need: str = "regions"
+) -> Iterator[tuple[list[Transformed], list[tuple[int, int]], ImageFeatures]]:
+    """(transformed images, original sizes (height, width), features) of up to batch_size images at a time."""
+    for start in range(0, len(images), batch_size):
+        opened = [open_image(image) for image in images[start : start + batch_size]]
+        transformed = [components.transform(image) for image in opened]
+        pixels = [one.image for one in transformed]
+        (features,) = components.encode_images(pixels, frozenset({need}), batch_size)
+        yield transformed, [(image.height, image.width) for image in opened], features
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "model", "mesh"))
+def _ground(
+    params: Any,
+    tokens: Float[Array, "b l d"],
+    levels: tuple[Float[Array, "b h w c"], ...] | None,
+    phrases: dict[str, Array],
+    *,
+    grid: tuple[int, int],
+    model: DualEncoder,
+    mesh: Mesh,
+) -> tuple[Float[Array, "b p 4"], Float[Array, "b p"], Float[Array, "b p h w"]]:
+    """(best box, presence logit, mask logits) of each phrase, compiled."""
+    apply = functools.partial(model.apply, {"params": params})
+    if "vectors" in phrases:
+        vectors, words = phrases["vectors"], phrases["words"]
+    else:
+        vectors, words = phrases_by_decoder(
+            apply, tokens, phrases["tokens"], phrases["mask"], phrases["marks"]
+        )
+    found: Located = apply(tokens, levels, grid, vectors, words, phrases["mask"], method="ground")
+    best = found.scores.argmax(-1)[..., None, None]
+    boxes = jnp.take_along_axis(found.boxes, best, axis=2)[:, :, 0]
+    return jax.lax.with_sharding_constraint((boxes, found.presence, found.mask_logits), replicated(mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "model", "mesh"))
+def _detect(
+    params: Any,
+    tokens: Float[Array, "b l d"],
+    levels: tuple[Float[Array, "b h w c"], ...] | None,
+    names: Float[Array, "n e"],
+    *,
+    grid: tuple[int, int],
+    model: DualEncoder,
+    mesh: Mesh,
+) -> tuple[Float[Array, "b q 4"], Float[Array, "b q n"], Float[Array, "b q h w"] | None]:
+    """(boxes, scores by name, mask logits) of the candidates, compiled."""
+    apply = functools.partial(model.apply, {"params": params})
+    found: Located = apply(tokens, levels, grid, method="detect")
+    names = jnp.broadcast_to(names, (len(tokens), *names.shape))
+    fits = jax.nn.sigmoid(apply(found.embed, names, method="detection_logits"))
+    scores = fits * jax.nn.sigmoid(found.presence)[..., None]
+    return jax.lax.with_sharding_constraint((found.boxes, scores, found.mask_logits), replicated(mesh))
+
+
+def _filled(arrays: Any, rows: int) -> Any:
+    """Arrays with as many rows as every batch has; the further ones repeat the first."""
+
+    def fill(x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x)
+        return x[np.concatenate([np.arange(len(x)), np.zeros(rows - len(x), np.int64)])]
+
+    return jax.tree.map(fill, arrays)
+
+
+def _checked_images(images: Sequence[Any], batch_size: int) -> list[Any]:
+    images = list(images)
+    if not images:
+        raise UserError("no images: give at least one")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: must be at least 1")
+    return images
+
+
+def _phrase_lists(
+    components: Components, phrases: Sequence[str] | Sequence[Sequence[str]], count: int
+) -> list[list[str]]:
+    """The phrases of each image; UserError for an empty one and for one beyond the text tower's context."""
+    if isinstance(phrases, str):
+        raise UserError("phrases is one text; give a list of phrases")
+    phrases = list(phrases)
+    shared = all(isinstance(phrase, str) for phrase in phrases)
+    lists = [phrases] * count if shared else [[row] if isinstance(row, str) else list(row) for row in phrases]
+    if len(lists) != count:
+        raise UserError(f"{len(lists)} lists of phrases for {count} images; give one list, or one an image")
+    for i, row in enumerate(lists):
+        if not row:
+            raise UserError(f"no phrases for image {i}: give at least one")
+        for phrase in row:
+            if not isinstance(phrase, str) or not phrase.strip():
+                raise UserError(f"phrase {phrase!r} of image {i}: give a text that is not empty")
+    distinct = list(dict.fromkeys(phrase for row in lists for phrase in row))
+    longest = components.tokenizer.context_length - 2
+    for phrase, length in zip(distinct, components.tokenizer.lengths(distinct), strict=True):
+        if length > longest:
+            raise UserError(
+                f"the phrase {phrase[:40]!r}... has {length} tokens; this run reads up to {longest} "
+                "(data.tokenizer.context_length): shorten it"
+            )
+    return lists
