@@ -50,6 +50,18 @@ def random_case(seed, kind, num_images=12):
     return {"kind": kind, "images": images}
 
 
+def tied_case(kind):
+    """The best detection fits two objects equally well; which one it takes decides about the other detection."""
+    a, b, between = [0, 0, 8, 4], [2, 0, 10, 4], [1, 0, 9, 4]
+    image = {
+        "found": [between, a, b],
+        "found_names": ["red", "red", "white"],
+        "true_names": ["red", "red", "white"],
+        "scores": [0.9, 0.8, 0.7],
+    }
+    return {"kind": kind, "images": [image | {"true": [a, b, b]}, image | {"true": [b, a, b]}]}
+
+
 def masks_of(boxes):
     """Boxes without their lower right corner: masks whose IoUs differ from those of the boxes."""
     masks = np.zeros((len(boxes), SIZE, SIZE), bool)
@@ -129,7 +141,7 @@ def assert_same(case, limit, expected):
     assert found.per_class_at(0.75)["red"] == pytest.approx(expected["red"][5], abs=1e-9)
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_equals_golden_pycocotools(index):
     entry = json.loads(PATH.read_text(encoding="utf-8"))["cases"][index]
     assert_same(entry["case"], entry["max_detections"], entry["expected"])
@@ -139,8 +151,7 @@ def test_equals_golden_pycocotools(index):
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("limit", LIMITS)
 def test_equals_pycocotools(kind, limit):
-    for seed in range(100, 115):
-        case = random_case(seed, kind)
+    for case in [*(random_case(seed, kind) for seed in range(100, 115)), tied_case(kind)]:
         assert_same(case, limit, pycocotools_values(case, limit))
 
 
@@ -199,6 +210,8 @@ def write_golden():
         for case in cases
         for limit in LIMITS
     ]
+    tied = tied_case("bbox")
+    entries.append({"case": tied, "max_detections": 100, "expected": pycocotools_values(tied, 100)})
     about = "Random boxes (of segm: masks made of them) and AP per threshold and class by pycocotools 2.0.11."
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     PATH.write_text(f'{{\n"about": {json.dumps(about)},\n"cases": [\n{lines}\n]}}\n', encoding="utf-8")
