@@ -178,7 +178,9 @@ def test_sites_agree_with_mask_centroids(drawn):
         found = collections.defaultdict(set)
         for number, box in enumerate(record["boxes"], start=1):
             rows, cols = np.nonzero(record["mask"] == number)
-            found[box["name"]].add(_instance_site(record, (cols.mean() + 0.5) / 64, (rows.mean() + 0.5) / 64))
+            site = _instance_site(record, (cols.mean() + 0.5) / 64, (rows.mean() + 0.5) / 64)
+            assert site == box["site"]
+            found[box["name"]].add(site)
         for name, sites in found.items():
             site = record["facts"]["findings"][name]["site"]
             assert sites == {site} if site != "both" else len(sites) > 1, (record["id"], name)
@@ -253,6 +255,24 @@ def _read(modality: str, text: str) -> list[dict]:
         statements.append(statement)
         start = match.end()
     return statements
+
+
+def test_texts_of_boxes_are_true_of_them_and_name_all_of_which_they_are_true(described):
+    read = shared = 0
+    for record in described[:300]:
+        for box in record["boxes"]:
+            fact = record["facts"]["findings"][box["name"]] | {"site": box["site"]}
+            assert len(set(box["texts"])) == len(box["texts"]) >= 8
+            for text in box["texts"]:
+                (statement,) = _read(record["modality"], text)
+                assert statement.pop("finding") == box["name"] and statement.pop("presence") == "present"
+                assert all(fact[key] == value for key, value in statement.items()), text
+                for other in record["boxes"]:
+                    true = other["name"] == box["name"] and statement.get("site") in (None, other["site"])
+                    assert (text in other["texts"]) == true, text
+                    shared += true and other is not box
+                read += len(statement)
+    assert read > 1000 and shared > 1000
 
 
 def test_captions_say_what_their_statements_say(described):

@@ -50,6 +50,8 @@ class Need(enum.Enum):
     PHRASES = "boxes or known labels"
 
 
+# A task with one of these reads texts of regions.
+REGION_NEEDS = frozenset({Need.REGIONS, Need.PHRASES})
 REGION_NAME = Regions().text_choice()
 BOOKKEEPING = ("row", "record", "source", "valid")
 KEY_NEEDS: dict[str, Need] = {
@@ -87,7 +89,7 @@ def needs_of(keys: frozenset[str]) -> frozenset[Need]:
             f"a task asks for batch keys that the pipeline cannot build: {', '.join(sorted(unknown))}"
         )
     needs = frozenset(KEY_NEEDS[key] for key in keys if key in KEY_NEEDS)
-    return needs | {Need.IMAGE} if needs & {Need.REGIONS, Need.PHRASES} else needs
+    return needs | {Need.IMAGE} if needs & REGION_NEEDS else needs
 
 
 def missing(
@@ -109,7 +111,7 @@ def missing(
         absent.add(Need.TEXT)
     if Need.LABELS in needs and record.get("labels") is None:
         absent.add(Need.LABELS)
-    entries = region_entries(record) if needs & {Need.REGIONS, Need.PHRASES} else []
+    entries = region_entries(record) if needs & REGION_NEEDS else []
     if Need.REGIONS in needs and not any(map(region_choice.offers, entries)):
         absent.add(Need.REGIONS)
     # A phrase that is not there teaches as much as one that is.

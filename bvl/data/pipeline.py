@@ -18,7 +18,7 @@ import absl.flags
 import grain
 import numpy as np
 
-from bvl.data.batch import Need, needs_of
+from bvl.data.batch import REGION_NEEDS, Need, needs_of
 from bvl.data.controls import Controls
 from bvl.data.phrases import PhraseSampler
 from bvl.data.regions import PromptSampler, Regions, Visible, entry_boxes, region_entries
@@ -132,7 +132,7 @@ class Pipeline:
         self.batch_size, self.seed = batch_size, seed
         self.keys = frozenset().union(*keys_of_tasks.values())
         self.needs = needs_of(self.keys)
-        if self.needs & {Need.TEXT, Need.REGIONS, Need.PHRASES} and tokenizer is None:
+        if self.needs & (REGION_NEEDS | {Need.TEXT}) and tokenizer is None:
             raise ConfigError("a task reads text, but no tokenizer was given")
         self._with_prompt = bool(self.keys & {"prompt", "prompt_mask"})
         flipped = [s.config.laterality for s in sets if config.augment_of(s.config).flip_horizontal]
@@ -238,7 +238,7 @@ class Pipeline:
         """The declared keys of one record, augmented with `rng`."""
         record_set, config = self.sets[source], self.config
         height, width = config.preprocess.height_width
-        with_regions = bool(self.needs & {Need.REGIONS, Need.PHRASES})
+        with_regions = bool(self.needs & REGION_NEEDS)
         record = record_set.load(index, mask=with_regions)
         entries = region_entries(record) if with_regions else []
         out: dict[str, np.ndarray] = {}

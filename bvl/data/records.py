@@ -230,17 +230,24 @@ def _check_box(entry: Any, where: str) -> dict[str, Any]:
         raise DataError(
             f"{where}: texts is {shorten(entry['texts'])}; it must be a list of strings that are true of the box."
         )
-    box = entry["box"]
+    problem = box_problem(entry["box"])
+    if problem is not None:
+        raise DataError(f"{where}: {problem}")
+    return {**entry, "box": [min(max(float(v), 0.0), 1.0) for v in entry["box"]]}
+
+
+def box_problem(box: Any) -> str | None:
+    """What is wrong with a list [x0, y0, x1, y1] of fractions of an image; None if nothing is."""
     if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(v) for v in box):
-        raise DataError(f"{where}: box is {shorten(box)}; it must be four numbers [x0, y0, x1, y1].")
+        return f"box is {shorten(box)}; it must be four numbers [x0, y0, x1, y1]."
     if min(box) < -BOX_TOLERANCE or max(box) > 1 + BOX_TOLERANCE:
         hint = " Are these pixels? Divide x by the width and y by the height." if max(box) > 1.5 else ""
-        raise DataError(f"{where}: box {box} reaches outside 0..1; boxes are fractions of the image.{hint}")
-    x0, y0, x1, y1 = (min(max(float(v), 0.0), 1.0) for v in box)
+        return f"box {box} reaches outside 0..1; boxes are fractions of the image.{hint}"
+    x0, y0, x1, y1 = (min(max(v, 0.0), 1.0) for v in box)
     if x1 <= x0 or y1 <= y0:
         kind = "is reversed" if x1 < x0 or y1 < y0 else "has no area"
-        raise DataError(f"{where}: box {box} {kind}; x0 < x1 and y0 < y1 are needed in [x0, y0, x1, y1].")
-    return {**entry, "box": [x0, y0, x1, y1]}
+        return f"box {box} {kind}; x0 < x1 and y0 < y1 are needed in [x0, y0, x1, y1]."
+    return None
 
 
 def group_of(record: Mapping[str, Any]) -> str:

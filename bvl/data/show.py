@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image, ImageDraw, ImageFont
 
-from bvl.data.batch import Need
+from bvl.data.batch import REGION_NEEDS, Need, needs_of
 from bvl.data.controls import Controls
 from bvl.data.pipeline import DataConfig, Pipeline, training_texts
 from bvl.data.sources import RecordSet
@@ -85,11 +85,14 @@ def contact_sheet(
     if count < 1:
         raise ConfigError(f"count={count}: a contact sheet shows at least 1 image")
     sets = [RecordSet(source) for source in config.sources()] if sets is None else sets
+    keys_of_tasks = keys_of_tasks or {"show": frozenset({"image"})}
     pipeline = Pipeline(
         config,
         sets=sets,
-        keys_of_tasks=keys_of_tasks or {"show": frozenset({"image"})},
-        tokenizer=_make_tokenizer(config, sets) if tokenizer is None else tokenizer,
+        keys_of_tasks=keys_of_tasks,
+        tokenizer=_make_tokenizer(config, sets, needs_of(frozenset().union(*keys_of_tasks.values())))
+        if tokenizer is None
+        else tokenizer,
         classes=(),
         batch_size=batch_size,
         seed=seed,
@@ -99,13 +102,14 @@ def contact_sheet(
     return _grid(tiles)
 
 
-def _make_tokenizer(config: DataConfig, sets: list[RecordSet]) -> Tokenizer | None:
+def _make_tokenizer(config: DataConfig, sets: list[RecordSet], needs: frozenset[Need]) -> Tokenizer | None:
     """The one a fresh run would have; None where there is no text."""
     options = config.tokenizer
     if options.path is not None:
         loaded = Tokenizer.load(options.path, options.context_length, options.lowercase)
         return loaded.with_tokens(config.controls.tokens())
-    texts = list(training_texts(sets, config.controls))
+    regions = config.regions if needs & REGION_NEEDS else None
+    texts = list(training_texts(sets, config.controls, regions))
     return Tokenizer.train(texts, options, config.controls.tokens()) if texts else None
 
 
