@@ -395,7 +395,7 @@ def test_what_is_known_to_be_absent():
     assert bank.absent({"labels_known": ["unseen"]}) == [[{"name": "unseen"}]]
     choice = TextChoice.of({"name": 1.0, "kind": 1.0})
     entry = {"name": "n", "texts": ["a *b* c"], "kind": "k"}
-    assert entry_phrases(entry, choice) == ["n", "a b c", "n", "k"]
+    assert entry_phrases(entry, choice) == ["n", "a b c", "k"]
 
 
 def test_complete_boxes_make_other_names_absent(tmp_path):

@@ -24,7 +24,8 @@ def read_mark(phrase: str) -> tuple[str, int]:
 
     Without a mark, and with more than one, the end of the phrase is where it ends.
     """
-    marks = list(_MARKED.finditer(phrase))
+    # Most phrases have none, and there are many.
+    marks = list(_MARKED.finditer(phrase)) if "*" in phrase else []
     if len(marks) != 1:
         return phrase, len(phrase)
     mark = marks[0]
@@ -56,7 +57,8 @@ def known_absent(record: Mapping[str, Any], complete: Iterable[str] = ()) -> lis
 
 def entry_phrases(entry: Mapping[str, Any], choice: TextChoice) -> list[str]:
     """Every phrase that names a box entry: its name, its "texts" and what `choice` reads; without asterisks."""
-    return [read_mark(text)[0] for text in [entry["name"], *(entry.get("texts") or ()), *choice.all(entry)]]
+    texts = dict.fromkeys([entry["name"], *(entry.get("texts") or ()), *choice.all(entry)])
+    return [read_mark(text)[0] for text in texts]
 
 
 def region_texts(
@@ -122,8 +124,13 @@ class PhraseSampler:
         out = self._objects(visible, kept)
         says = record.get("boxes") is not None or bool(record.get("mask_name")) or bool(bank.complete)
         out["object_known"] = np.bool_(visible is not None and says)
-        phrases = self._phrases(record, visible, kept, bank, rng) if visible is not None else []
-        return out | self._encode(phrases, visible, kept)
+        phrases: list[_Phrase] = []
+        called: list[set[int]] = []
+        if visible is not None:
+            called = [{text_id(t) for t in entry_phrases(entry, self._choice)} for entry in visible.entries]
+            there = set().union(*called)
+            phrases = self._phrases(bank.absent(record), visible, kept, rng, there=there)
+        return out | self._encode(phrases, visible, kept, called)
 
     def _objects(self, visible: Visible | None, kept: list[int]) -> dict[str, np.ndarray]:
         rows = self.regions.max_objects
@@ -144,11 +151,12 @@ class PhraseSampler:
 
     def _phrases(
         self,
-        record: Mapping[str, Any],
+        missing: list[list[Mapping[str, Any]]],
         visible: Visible,
         kept: list[int],
-        bank: PhraseBank,
         rng: np.random.Generator,
+        *,
+        there: set[int],
     ) -> list[_Phrase]:
         """Of what is there in the objects kept, so that every phrase that is present has one; then of what is not."""
         slots = self.regions.max_phrases
@@ -156,8 +164,7 @@ class PhraseSampler:
         for i in kept:
             if self._choice.offers(visible.entries[i]):
                 pools.setdefault(text_id(visible.entries[i]["name"]), []).append(visible.entries[i])
-        there = {text_id(text) for entry in visible.entries for text in entry_phrases(entry, self._choice)}
-        missing = bank.absent(record) if self.regions.absent else []
+        missing = missing if self.regions.absent else []
         count = int((rng.random(slots) < self.regions.absent).sum())
         if pools:
             count = min(count, slots - 1)
@@ -185,7 +192,7 @@ class PhraseSampler:
         return list(picked.values())
 
     def _encode(
-        self, phrases: list[_Phrase], visible: Visible | None, kept: list[int]
+        self, phrases: list[_Phrase], visible: Visible | None, kept: list[int], called: list[set[int]]
     ) -> dict[str, np.ndarray]:
         slots, grid = self.regions.max_phrases, self.grid
         texts = [phrase.text for phrase in phrases] + [""] * (slots - len(phrases))
@@ -193,11 +200,6 @@ class PhraseSampler:
         keys = [text_id(read_mark(text)[0]) for text in texts]
         named = np.zeros((slots, self.regions.max_objects), bool)
         pixels, pixels_valid = np.zeros((slots, *grid), bool), np.zeros(slots, bool)
-        called = (
-            [{text_id(text) for text in entry_phrases(entry, self._choice)} for entry in visible.entries]
-            if phrases
-            else []
-        )
         for row, phrase in enumerate(phrases):
             if not phrase.present:
                 continue

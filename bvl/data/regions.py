@@ -281,8 +281,16 @@ def box_cells(box: Float[np.ndarray, " 4"], grid: tuple[int, int]) -> Bool[np.nd
 
 def mask_cells(mask: Bool[np.ndarray, "H W"], grid: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
     """The cells of which a mask covers at least half; of a mask smaller than that those it covers most of."""
-    (height, width), (rows, columns) = mask.shape, grid
-    return _mostly_covered(mask.reshape(rows, height // rows, columns, width // columns).mean((1, 3)))
+    # The mean over the part that holds the mask alone: most masks are small, and there are many.
+    steps = [size // count for size, count in zip(mask.shape, grid, strict=True)]
+    share = np.zeros(grid)
+    if mask.any():
+        found = [np.flatnonzero(mask.any(axis)) // step for axis, step in zip((1, 0), steps, strict=True)]
+        (top, bottom), (left, right) = ((cells[0], cells[-1] + 1) for cells in found)
+        (dy, dx), shape = steps, (bottom - top, steps[0], right - left, steps[1])
+        part = mask[top * dy : bottom * dy, left * dx : right * dx]
+        share[top:bottom, left:right] = part.reshape(shape).mean((1, 3))
+    return _mostly_covered(share)
 
 
 def _mostly_covered(share: Float[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
