@@ -59,6 +59,9 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
     # The order: the run's own tokenizer -> the one of resume_from -> the one of init_from -> the config's file
     # -> trained on the texts.
     options = config.data.tokenizer
+    needs = {name: needs_of(task.fields()) for name, task in config.tasks.items()}
+    all_needs = frozenset().union(*needs.values())
+    regions = config.data.regions if all_needs & {Need.REGIONS, Need.PHRASES} else None
     if run.tokenizer.is_file():
         tokenizer = Tokenizer.load(run.tokenizer, options.context_length)
     elif config.resume_from is not None:
@@ -83,10 +86,9 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
     elif options.path is not None:
         tokenizer = Tokenizer.load(options.path, options.context_length, options.lowercase)
     else:
-        needs = {name: needs_of(task.fields()) for name, task in config.tasks.items()}
-        if any(text.strip() for text in training_texts(sets)):
-            tokenizer = Tokenizer.train(training_texts(sets, config.data.controls), options)
-        elif Need.TEXT in frozenset().union(*needs.values()):
+        if any(text.strip() for text in training_texts(sets, regions=regions)):
+            tokenizer = Tokenizer.train(training_texts(sets, config.data.controls, regions), options)
+        elif all_needs & {Need.TEXT, Need.REGIONS, Need.PHRASES}:
             for record_set in sets:
                 record_set.usable(needs)  # says which fields there are instead
             raise DataError("no training record has a text, and a task reads texts")
@@ -97,7 +99,7 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
         temporary = run.tokenizer.with_name("tokenizer.json.tmp")
         tokenizer.save(temporary)
         temporary.replace(run.tokenizer)
-    texts = [text for text, _ in zip(training_texts(sets), range(COUNTED_TEXTS), strict=False)]
+    texts = [text for text, _ in zip(training_texts(sets, regions=regions), range(COUNTED_TEXTS), strict=False)]
     cut = tokenizer.count_truncated(texts)
     logger.info(
         "text: vocabulary of %d; %d of %d training texts are longer than the context of %d and are cut%s",
