@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from bvl.data import show
+from bvl.data import drawing, show
 from bvl.data.controls import Controls
 from bvl.data.phantoms import Phantoms
 from bvl.data.pipeline import DataConfig, Pipeline, training_texts
-from bvl.data.show import COLOURS, INK, MARGIN, TILE, contact_sheet
+from bvl.data.show import COLOURS, MARGIN, TILE, contact_sheet
 from bvl.data.sources import RecordSet, Source
 from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.data.transforms import Augment, Preprocess
@@ -94,7 +94,7 @@ def test_masks_are_tinted_with_an_outline(tmp_path):
     record = {"id": "a", "image": "a.png", "boxes": boxes, "mask": "mask.png"}
     shown = picture(contact_sheet(folder(tmp_path, [record], mask), count=1))
     colour = np.array(COLOURS[0])
-    tint = np.rint(GREY * (1 - show.MASK_OPACITY) + colour * show.MASK_OPACITY)
+    tint = np.rint(GREY * (1 - drawing.MASK_OPACITY) + colour * drawing.MASK_OPACITY)
     np.testing.assert_array_equal(shown[128, 96], tint)
     np.testing.assert_array_equal(shown[128, 160], tint)
     # Neighbours of the same name are kept apart by their outlines.
@@ -197,16 +197,6 @@ def test_texts_are_drawn_as_by_tasks_that_read_no_image(written):
         tile = show._tile(pipeline, position, augmented=True, colours={})
         text = tokenizer.decode(pipeline.example(position)["text"][0])
         assert tile.lines[-1].text.split("  [cut")[0] == text
-
-
-def test_lines_fit_the_width():
-    font = show.ImageFont.load_default(size=show.FONT_SIZE)
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    text = "word " * 200 + "x" * 300
-    lines = show._wrap([show._Line(text), show._Line("short", swatch=INK)], 120, draw, font)
-    assert len(lines) == show.MAX_LINES + 1
-    assert all(draw.textlength(line.text, font=font) <= 120 for line in lines)
-    assert lines[-2].text.endswith("...") and lines[-1].text == "short"
 
 
 def test_count_must_be_positive(tmp_path):
