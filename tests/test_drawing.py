@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from bvl.data import drawing
-from bvl.data.drawing import COLOURS, INK, Line, draw_regions, font_of, paint_mask, side_by_side, wrap_lines
+from bvl.data import paint
+from bvl.data.drawing import draw_regions, side_by_side
+from bvl.data.paint import COLOURS, INK, Line, font_of, paint_mask, wrap_lines
 from bvl.errors import ImageError, UserError
 
 GREY = 100
@@ -61,7 +62,7 @@ def test_masks_are_tinted_with_an_outline():
     picture = np.asarray(
         draw_regions(grey(64, 32), masks=[mask, None, np.zeros_like(mask)], boxes=[None] * 3)
     )
-    tint = np.rint(GREY * (1 - drawing.MASK_OPACITY) + np.array(COLOURS[0]) * drawing.MASK_OPACITY)
+    tint = np.rint(GREY * (1 - paint.MASK_OPACITY) + np.array(COLOURS[0]) * paint.MASK_OPACITY)
     np.testing.assert_array_equal(picture[128, 256], tint)
     # 64 pixels become 512: the mask's first column is 16 x 8, and the outline is two pixels wide and inside.
     for x, value in ((127, (GREY,) * 3), (128, COLOURS[0]), (129, COLOURS[0]), (130, tint)):
@@ -162,9 +163,9 @@ def test_lines_fit_the_width():
     font = font_of(13)
     text = "word " * 200 + "x" * 300
     lines = wrap_lines([Line(text), Line("short", swatch=INK), Line("x" * 100)], 120, font)
-    assert len(lines) > drawing.MAX_LINES + 2
+    assert len(lines) > paint.MAX_LINES + 2
     assert all(font.getlength(line.text) <= 120 for line in lines)
-    assert lines[drawing.MAX_LINES - 1].text.endswith("...") and lines[drawing.MAX_LINES].text == "short"
+    assert lines[paint.MAX_LINES - 1].text.endswith("...") and lines[paint.MAX_LINES].text == "short"
 
 
 def test_letters_of_captions_have_a_form():

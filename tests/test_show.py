@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from bvl.data import drawing, show
+from bvl.data import paint, show
 from bvl.data.controls import Controls
 from bvl.data.phantoms import Phantoms
 from bvl.data.pipeline import DataConfig, Pipeline, training_texts
@@ -94,7 +94,7 @@ def test_masks_are_tinted_with_an_outline(tmp_path):
     record = {"id": "a", "image": "a.png", "boxes": boxes, "mask": "mask.png"}
     shown = picture(contact_sheet(folder(tmp_path, [record], mask), count=1))
     colour = np.array(COLOURS[0])
-    tint = np.rint(GREY * (1 - drawing.MASK_OPACITY) + colour * drawing.MASK_OPACITY)
+    tint = np.rint(GREY * (1 - paint.MASK_OPACITY) + colour * paint.MASK_OPACITY)
     np.testing.assert_array_equal(shown[128, 96], tint)
     np.testing.assert_array_equal(shown[128, 160], tint)
     # Neighbours of the same name are kept apart by their outlines.

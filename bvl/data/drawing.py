@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import math
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-import scipy.ndimage
-from jaxtyping import Bool, Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from jaxtyping import Bool, Float
+from PIL import Image, ImageDraw
 
 from bvl.data.images import ImageLike, open_image
+from bvl.data.paint import (
+    COLOURS,
+    FAINT,
+    INK,
+    PAPER,
+    Colour,
+    Line,
+    bounds_of,
+    draw_lines,
+    font_of,
+    ink_on,
+    line_height,
+    paint_mask,
+    wrap,
+    wrap_lines,
+)
 from bvl.errors import UserError
 
-Colour = tuple[int, int, int]
-PAPER, INK, FAINT, ALARM = (255, 255, 255), (20, 20, 20), (120, 120, 120), (190, 20, 20)
-# Told apart by colour-blind readers too, on grey and on pink: Okabe and Ito, "Color Universal Design", 2008, without
-# its black, in an order in which neighbours differ most.
-COLOURS: tuple[Colour, ...] = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (213, 94, 0),
-    (0, 158, 115),
-    (240, 228, 66),
-    (204, 121, 167),
-    (0, 114, 178),
-)
-MASK_OPACITY = 0.25
 # Of a heat map's highest value; its lowest is not painted at all.
 HEAT_OPACITY = 0.6
 # The long side that small images are enlarged to at least, and for which the sizes below are given.
@@ -42,35 +41,6 @@ FONT_SIZE, LINE_WIDTH = 13, 2
 MOST_COVERED, MOST_LABEL_LINES = 0.2, 4
 # A label is no wider than this share of the picture.
 WIDEST_LABEL = 0.42
-# Lines of a text below a picture; an ellipsis says that there is more.
-MAX_LINES = 9
-# No text is set tighter than this on average, as a share of the font's size.
-NARROWEST = 0.25
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A line below a picture; `swatch` puts a square of that colour before it."""
-
-    text: str
-    colour: Colour = INK
-    swatch: Colour | None = None
-
-
-@functools.lru_cache(maxsize=64)
-def font_of(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which has the Greek letters and signs that captions are written with."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
-
-
-def line_height(size: int) -> int:
-    """Pixels from one line to the next, of a font of `size`."""
-    return round(size * 1.3)
-
-
-def swatch_width(size: int) -> int:
-    """Pixels that a line's square takes up, with the gap behind it."""
-    return size + round(size * 0.4)
 
 
 def draw_regions(
@@ -252,7 +222,7 @@ class _Canvas:
         if region.box is not None:
             return self._pixels(region.box)
         if region.mask is not None and region.mask.any():
-            return tuple(v * self.zoom for v in _bounds(region.mask))
+            return tuple(v * self.zoom for v in bounds_of(region.mask))
         if region.point is not None:
             x, y = (round(f * n) for f, n in zip(region.point, self.picture.size, strict=True))
             return x - 4 * self.line, y - 4 * self.line, x + 4 * self.line, y + 4 * self.line
@@ -298,10 +268,9 @@ class _Canvas:
     ) -> None:
         (left, top), (width, height) = place, size
         self.draw.rectangle((left, top, left + width - 1, top + height - 1), fill=colour)
-        ink = INK if _luminance(colour) > 0.18 else PAPER
         for number, line in enumerate(lines):
             corner = (left + self.font_size // 3, top + number * line_height(self.font_size))
-            self.draw.text(corner, line, fill=ink, font=self.font)
+            self.draw.text(corner, line, fill=ink_on(colour), font=self.font)
 
     def _places(
         self,
@@ -351,70 +320,6 @@ class _Canvas:
         return out
 
 
-def paint_mask(
-    pixels: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"], colour: Colour, *, width: int = 1
-) -> None:
-    """Tints the pixels of a mask, in place, and draws its inner outline, `width` pixels wide."""
-    if not mask.any():
-        return
-    x0, y0, x1, y1 = _bounds(mask)
-    inside, mask = pixels[y0:y1, x0:x1], mask[y0:y1, x0:x1]
-    depth = scipy.ndimage.distance_transform_cdt(np.pad(mask, 1), metric="taxicab")[1:-1, 1:-1]
-    opacity = np.where(mask & (depth <= width), 1.0, np.where(mask, MASK_OPACITY, 0.0))[..., None]
-    inside[:] = np.rint(inside * (1 - opacity) + np.array(colour) * opacity)
-
-
-def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """A text in lines no wider than `width` pixels: of a long one the first MAX_LINES, which an ellipsis says."""
-    out: list[str] = []
-    rest = " ".join(text.split())
-    while rest and len(out) < MAX_LINES:
-        end = len(rest)
-        # Measuring all of a long text for every line is slow.
-        if end > (most := max(2, round(width / (font.size * NARROWEST)))):
-            end = max(rest.rfind(" ", 0, most), most // 2)
-        while end > 1 and font.getlength(rest[:end]) > width:
-            space = rest.rfind(" ", 0, end)
-            end = space if space > 0 else end - 1
-        last = len(out) == MAX_LINES - 1 and end < len(rest)
-        out.append(rest[: max(1, end - 3)] + "..." if last else rest[:end])
-        rest = rest[end:].lstrip()
-    return out
-
-
-def wrap_lines(lines: Sequence[Line], width: int, font: ImageFont.FreeTypeFont) -> list[Line]:
-    """Lines no wider than `width` pixels, their squares included; only the first line of a text has its square."""
-    out = []
-    for line in lines:
-        room = width - (swatch_width(font.size) if line.swatch else 0)
-        out += [dataclasses.replace(line, text=text) for text in wrap(line.text, room, font)]
-    return out
-
-
-def draw_lines(
-    draw: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[Line], font: ImageFont.FreeTypeFont
-) -> None:
-    """Draws lines one below the other from their upper left corner on."""
-    left, top = corner
-    for number, line in enumerate(lines):
-        y = top + number * line_height(font.size)
-        if line.swatch is not None:
-            down = round(font.size * 0.2)
-            draw.rectangle((left, y + down, left + font.size - 1, y + down + font.size - 1), fill=line.swatch)
-        draw.text(
-            (left + (swatch_width(font.size) if line.swatch else 0), y),
-            line.text,
-            fill=line.colour,
-            font=font,
-        )
-
-
-def _bounds(mask: Bool[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
-    """Columns and rows of a mask that has some pixel: x0, y0, and one past the last x and y."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
 def _overlap(
     rectangles: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"]
 ) -> Float[np.ndarray, " n"]:
@@ -422,12 +327,6 @@ def _overlap(
     low = np.maximum(rectangles[:, None, :2], others[None, :, :2])
     high = np.minimum(rectangles[:, None, 2:], others[None, :, 2:])
     return np.prod(np.maximum(high - low, 0), axis=-1).sum(axis=1)
-
-
-def _luminance(colour: Colour) -> float:
-    """Relative luminance by WCAG 2.2; above 0.18 dark text has the higher contrast."""
-    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in np.array(colour) / 255]
-    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
 def _rounded(colour: Sequence[float]) -> Colour:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from bvl.data.batch import REGION_NEEDS, Need, needs_of
 from bvl.data.controls import Controls
-from bvl.data.drawing import (
+from bvl.data.paint import (
     ALARM,
     COLOURS,
     FAINT,
@@ -23,6 +23,7 @@ from bvl.data.drawing import (
     Line,
     draw_lines,
     font_of,
+    ink_on,
     line_height,
     paint_mask,
     wrap_lines,
@@ -204,8 +205,8 @@ def _draw(
         if len(visible) <= MAX_NAMED_BOXES:
             left, top = round(x0) + 2, round(y0) - line if y0 >= line else round(y0) + 1
             left = max(0, min(left, picture.width - round(draw.textlength(name, font=font)) - 1))
-            draw.rectangle(draw.textbbox((left, top), name, font=font), fill=INK)
-            draw.text((left, top), name, fill=colour(name), font=font)
+            draw.rectangle(draw.textbbox((left, top), name, font=font), fill=colour(name))
+            draw.text((left, top), name, fill=ink_on(colour(name)), font=font)
     hidden = len(boxes) - len(visible)
     legend = [Line(f"{name} x {number}", INK, colour(name)) for name, number in counts.items()]
     if hidden:
