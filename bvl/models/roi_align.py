@@ -54,8 +54,8 @@ def mask_coverage(masks: Bool[Array, "*n h w"], grid: tuple[int, int]) -> Float[
     """The share of each cell of a grid that a mask of any size covers."""
 
     def shares(size: int, cells: int) -> Float[Array, "c s"]:
-        edges = jnp.stack([jnp.arange(cells), jnp.arange(1, cells + 1)], axis=-1) / cells
-        boxes = jnp.concatenate([jnp.zeros_like(edges), edges], axis=-1)[:, jnp.array([2, 0, 3, 1])]
+        low = jnp.arange(cells) / cells
+        boxes = jnp.stack([low, jnp.zeros(cells), low + 1 / cells, jnp.ones(cells)], axis=-1)
         covered = box_coverage(boxes, (1, size))[:, 0]
         return covered / (size / cells)
 
