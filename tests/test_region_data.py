@@ -220,6 +220,25 @@ def test_a_random_part_of_more_boxes_than_rows(folder):
     assert "more than" not in make(source(folder)).summary()[0]
 
 
+def test_balanced_prompts_take_each_name_in_turn(tmp_path):
+    rng = np.random.default_rng(3)
+    record, image, _ = draw_record(0, rng)
+    record["boxes"] = [
+        {"box": [0.1, 0.1, 0.3 + 0.02 * i, 0.4], "name": name}
+        for i, name in enumerate(["red"] * 12 + ["blue", "blue"])
+    ]
+    record.pop("mask", None)
+    root = write(tmp_path, [(record, image, None)])
+    options = {"keys": frozenset({"region_box"}), "augment": Augment()}
+    made = make(source(root), regions=Regions(max_regions=4, balanced=True), **options)
+    for batch in batches(made, 0, 3):
+        wide = np.rint((batch["region_box"][:, :, 2] - 0.3) / 0.02)
+        assert ((wide >= 12).sum(axis=1) == 2).all()
+    plain = make(source(root), regions=Regions(max_regions=4), **options)
+    (batch,) = batches(plain, 0, 1)
+    assert (np.rint((batch["region_box"][:, :, 2] - 0.3) / 0.02) >= 12).sum() < 2 * len(batch["region_box"])
+
+
 def test_jitter_moves_each_side_by_no_more_than_its_share(folder):
     options = {"augment": Augment(), "keys": PROMPT_KEYS}
     still = make(source(folder), regions=Regions(max_regions=4), **options)

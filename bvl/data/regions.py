@@ -28,7 +28,8 @@ KINDS = ("box", "point", "mask")
 class Regions:
     """How the regions of records are shown to tasks that describe or find them.
 
-    max_regions: prompts of an image that are described; of more boxes a random part.
+    max_regions: prompts of an image that are described; of more boxes a random part. balanced: then each name in the
+      image comes as often as the others, as long as there are boxes of it, so that a common one does not crowd out the rest.
     max_objects: objects of an image that are to be found; of more boxes a random part.
     max_phrases: phrases that are looked for in an image.
     kinds: what prompts are, "box", "point" or "mask", with probabilities; a region without a mask is shown as a box.
@@ -41,6 +42,7 @@ class Regions:
     """
 
     max_regions: int = 8
+    balanced: bool = False
     max_objects: int = 16
     max_phrases: int = 4
     kinds: dict[str, float] = dataclasses.field(default_factory=lambda: {"box": 1.0})
@@ -207,7 +209,10 @@ class PromptSampler:
             members = [
                 int(i) for i in np.flatnonzero(visible.valid) if self._choice.offers(visible.entries[i])
             ]
-            for i in rng.permutation(members)[:rows].astype(int):
+            order = rng.permutation(members).astype(int)
+            if self.regions.balanced:
+                order = _by_turns(order, [visible.entries[i]["name"] for i in order])
+            for i in order[:rows]:
                 (text,) = self._choice.draw(visible.entries[i], rng)
                 texts.append(text)
                 prompts.append(self._prompt(visible, i, image_box, rng))
@@ -245,6 +250,16 @@ class PromptSampler:
                 box + rng.uniform(-1, 1, 4) * reach, np.tile(image_box[:2], 2), np.tile(image_box[2:], 2)
             )
         return Prompt.of_box(box, self.grid)
+
+
+def _by_turns(order: Sequence[int], names: Sequence[str]) -> list[int]:
+    """One of each name in turn, as long as there are any; otherwise in the given order."""
+    counts: dict[str, int] = {}
+    turns = []
+    for name in names:
+        counts[name] = counts.get(name, -1) + 1
+        turns.append(counts[name])
+    return [i for _, i in sorted(zip(turns, order, strict=True), key=lambda pair: pair[0])]
 
 
 def _random_point(
