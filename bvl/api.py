@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from jaxtyping import Float
@@ -12,17 +12,44 @@ from PIL import Image
 
 from bvl.config import Config
 from bvl.data.long_texts import LongTexts, warn_of_cuts
+from bvl.data.region_prompts import BoxesLike, MasksLike, PointsLike, RegionsLike, check_boxes, check_points
 from bvl.errors import UserError
 from bvl.evals.base import evaluate
 from bvl.evals.folder import suites_for
 from bvl.evals.writing import best_captions, decode_options, own_scorer
 from bvl.runs import Components, load_components
-from bvl.tasks import contrastive
+from bvl.tasks import contrastive, describing, locating
 from bvl.tasks.captioning import GuidanceNull, captioning_task_of
+from bvl.tasks.describing import RegionNull
+from bvl.tasks.locating import Detections, Grounded
 
 FOREIGN = ("open_clip:", "hf:")
 
+# The same for all images, or a list for each.
+Phrases = Sequence[str] | Sequence[Sequence[str]]
 ClassPrompts = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+
+
+class Search(TypedDict, total=False):
+    """How texts are searched for, by `caption` and `describe` alike; bvl/decode/options.py has more on each.
+
+    beams=1 (greedy), groups=1, diversity=0.5, length_penalty=1.0: beam search and diverse beam search.
+    temperature=0.0: above 0 samples, of the top_k=0 most likely tokens (0 = all) and the nucleus top_p=1.0.
+    no_repeat_ngram=0, repetition_penalty=1.0, min_length=0 and max_length=None (tokens; None = the longest of the
+    training).
+    """
+
+    beams: int
+    groups: int
+    diversity: float
+    length_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    no_repeat_ngram: int
+    repetition_penalty: float
+    min_length: int
+    max_length: int | None
 
 
 class Model:
@@ -113,17 +140,6 @@ class Model:
         guidance: float | Sequence[float] = 1.0,
         guidance_null: GuidanceNull = "image",
         language_model: Model | str | Path | None = None,
-        beams: int = 1,
-        groups: int = 1,
-        diversity: float = 0.5,
-        length_penalty: float = 1.0,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        no_repeat_ngram: int = 0,
-        repetition_penalty: float = 1.0,
-        min_length: int = 0,
-        max_length: int | None = None,
         length: int | Sequence[int] | None = None,
         section: str | Sequence[str] | None = None,
         quality: int | Sequence[int] | None = None,
@@ -134,6 +150,7 @@ class Model:
         seed: int = 0,
         first_row: int | Sequence[int] = 0,
         batch_size: int = 16,
+        **search: Unpack[Search],
     ) -> list[str]:
         """One text for each image: paths, PIL images or arrays.
 
@@ -141,9 +158,7 @@ class Model:
           specific, 0 does not look at the image (Kornblith et al. 2023, arXiv:2307.16686).
         guidance_null: what the other side of guidance goes without: the "image", the "controls" or "both".
         language_model: another captioner with the same vocabulary, whose texts without an image are that other side.
-        beams, groups, diversity, length_penalty: beam search and diverse beam search. temperature above 0: sampling,
-          of the top_k most likely tokens and the nucleus top_p, from `seed`. no_repeat_ngram, repetition_penalty,
-          min_length and max_length (tokens; None = the longest of the training): see bvl/decode/options.py.
+        search: beams, temperature and so on, see `Search`.
         length (words), section, quality (bin), prompt: the controls that the run was trained with, one value or one
           an image; None leaves a control out. begin: the first words of the captions.
         best_of: of so many candidates (samples, or the best of the beams) the one most like the image to `scorer`, a
@@ -161,24 +176,12 @@ class Model:
             raise UserError(
                 "scorer chooses among candidates, and best_of=1 writes only one: set best_of, such as 8"
             )
-        search = {
-            "beams": beams,
-            "groups": groups,
-            "diversity": diversity,
-            "length_penalty": length_penalty,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "no_repeat_ngram": no_repeat_ngram,
-            "repetition_penalty": repetition_penalty,
-            "min_length": min_length,
-        }
         other = None if language_model is None else _components(language_model)
         judge = own_scorer(self.components) if scorer is None else _components(scorer)
         return best_captions(
             self.components,
             images,
-            options=decode_options(self.config, best_of=best_of, max_length=max_length, **search),
+            options=decode_options(self.config, best_of=best_of, **search),
             scorer=judge,
             batch_size=batch_size,
             guidance=guidance,
@@ -188,6 +191,117 @@ class Model:
             begin=begin,
             seed=seed,
             first_row=first_row,
+        )
+
+    def describe(
+        self,
+        images: Iterable[Any],
+        *,
+        boxes: Sequence[BoxesLike] | None = None,
+        points: Sequence[PointsLike] | None = None,
+        masks: Sequence[MasksLike] | None = None,
+        regions: Sequence[RegionsLike] | None = None,
+        length: int | Sequence[Any] | None = None,
+        guidance: float | Sequence[Any] = 1.0,
+        guidance_null: RegionNull = "both",
+        language_model: Model | str | Path | None = None,
+        begin: str | Sequence[Any] | None = None,
+        seed: int = 0,
+        first_row: int | Sequence[Any] = 0,
+        batch_size: int = 32,
+        image_batch_size: int = 16,
+        **search: Unpack[Search],
+    ) -> list[list[str]]:
+        """One text for each region of each image; an image is encoded once, however many regions it has.
+
+        boxes, points, masks: one of them is given, as a list for each image: boxes [[[x0, y0, x1, y1], ...], ...] and
+          points [[[x, y], ...], ...] in fractions of the image, masks as boolean arrays of the image's size. An image
+          without regions has an empty list. regions: a mix of them, {"box": ...}, {"point": ...} and {"mask": ...}.
+        length (words), guidance, begin: one value, or one a region, in lists like those of the regions. length is a
+          control, for runs trained with data.controls.lengths.
+        guidance_null: what the other side of guidance goes without: the "image", the "region" or "both".
+        search, language_model, seed: as in `caption`. first_row: number of the first region, or one number a region.
+        batch_size: so many regions are decoded at a time, image_batch_size: so many images encoded.
+        Raises UserError for what cannot be used, and ConfigError, with the missing task named, for a run that does not
+        describe regions.
+        """
+        images = list(_several(images))
+        describing.describing_task_of(self.config)
+        described = describing.describe(
+            self.components,
+            images,
+            _region_lists(boxes=boxes, points=points, masks=masks, regions=regions),
+            options=decode_options(self.config, **search),
+            guidance=guidance,
+            guidance_null=guidance_null,
+            language_model=None if language_model is None else _components(language_model),
+            controls={"length": length},
+            begin=begin,
+            seed=seed,
+            first_row=first_row,
+            batch_size=batch_size,
+            image_batch_size=image_batch_size,
+        )
+        return [[candidates[0].text for candidates in of_image] for of_image in described]
+
+    def ground(
+        self, images: Iterable[Any], phrases: Phrases, *, alpha: float = 0.1, batch_size: int = 16
+    ) -> list[Grounded]:
+        """For each image the box of each phrase (fractions of the image), and whether it is there at all.
+
+        phrases: the same for all images, or a list for each.
+        alpha: the share of absent phrases that may pass for found: `found` is p_values <= alpha, by the scores of
+          absent phrases that the run keeps in calibration.json; without it p_values are NaN, and found is scores >= 0.5.
+        Raises UserError for an empty phrase or one beyond the context, and ConfigError, with the missing task named,
+        for a run without grounding.
+        """
+        return locating.ground(self.components, _several(images), phrases, alpha=alpha, batch_size=batch_size)
+
+    def segment(
+        self, images: Iterable[Any], phrases: Phrases, *, batch_size: int = 16
+    ) -> list[Float[np.ndarray, "k h w"]]:
+        """For each image and phrase the probability of every pixel of the original to belong to what it names.
+
+        Whether that is there at all, `ground` says. phrases and errors as there.
+        """
+        return locating.segment(self.components, _several(images), phrases, batch_size=batch_size)
+
+    def detect(
+        self,
+        images: Iterable[Any],
+        names: Sequence[str],
+        *,
+        threshold: float = 0.3,
+        iou_threshold: float = 0.5,
+        max_detections: int = 100,
+        batch_size: int = 16,
+    ) -> list[Detections]:
+        """For each image the objects that go by one of `names`, any texts, best first; boxes in fractions of the image.
+
+        threshold: least score. iou_threshold: of two boxes of one name that overlap more the better one stays.
+        Raises UserError for names that cannot be used, and ConfigError, with the missing task named, for a run without
+        detection.
+        """
+        return locating.detect(
+            self.components,
+            _several(images),
+            names,
+            threshold=threshold,
+            iou_threshold=iou_threshold,
+            max_detections=max_detections,
+            batch_size=batch_size,
+        )
+
+    def heat_maps(
+        self, images: Iterable[Any], phrases: Phrases, *, sigma: float = 0.5, batch_size: int = 16
+    ) -> list[Float[np.ndarray, "k h w"]]:
+        """For each image and phrase the likeness of every pixel's patch to it, by a model trained without boxes.
+
+        Cosines, NaN where preprocessing cut the original off. sigma: of the Gaussian that smooths them, in patches.
+        Raises UserError for phrases that cannot be used, and ConfigError for a run without a contrastive task.
+        """
+        return locating.heat_maps(
+            self.components, _several(images), phrases, sigma=sigma, batch_size=batch_size
         )
 
     def evaluate(
@@ -247,6 +361,27 @@ def _several(images: Iterable[Any]) -> Iterable[Any]:
     if one or (isinstance(images, np.ndarray) and images.ndim != 4):
         raise UserError("give a list of images (or an array [n, h, w, 3]); for a single image write [image]")
     return images
+
+
+def _region_lists(**given: Any) -> list[list[Any]]:
+    """The one of boxes, points, masks and regions that is given, as regions of each image."""
+    used = [name for name, value in given.items() if value is not None]
+    if len(used) != 1:
+        raise UserError(
+            f"give one of boxes, points, masks and regions, as a list for each image, not {' and '.join(used) or 'none'}"
+        )
+    (name,) = used
+    lists = given[name]
+    if name == "regions":
+        return lists
+    check = {"boxes": check_boxes, "points": check_points}.get(name)
+    out = []
+    for i, some in enumerate(lists):
+        if check is not None and len(some):
+            # Before anything is encoded, and by the name of the argument.
+            check(some, f"images[{i}]")
+        out.append([{{"boxes": "box", "points": "point", "masks": "mask"}[name]: value} for value in some])
+    return out
 
 
 def _texts(prompt: Any) -> list[str]:
