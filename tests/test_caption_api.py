@@ -13,7 +13,7 @@ from tiny_run import fast_compilation  # noqa: F401
 from bvl.api import Model
 from bvl.data.phantoms import PhantomSource
 from bvl.errors import ConfigError, UserError
-from bvl.tasks import captioning
+from bvl.tasks import captioning, writing_rows
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -44,9 +44,9 @@ def test_guidance_one_an_image(model, images):
     assert [each[i] for i in (0, 2, 4)] == [plain[i] for i in (0, 2, 4)]
     assert each[3] == much[3]
     # The scale is data: other scales compile nothing.
-    before = captioning.generate._cache_size()
+    before = writing_rows.generate._cache_size()
     model.caption(images, guidance=2.5, batch_size=8)
-    assert captioning.generate._cache_size() == before
+    assert writing_rows.generate._cache_size() == before
 
 
 def test_arguments_reach_the_decoder(model, images, monkeypatch):

@@ -26,7 +26,7 @@ from bvl.metrics.caption_alignment import clip_score, retrieve_in_pools
 from bvl.metrics.caption_text import tokenize
 from bvl.metrics.cider import cider_d
 from bvl.runs import RunFolder
-from bvl.tasks import captioning
+from bvl.tasks import captioning, writing_rows
 from bvl.tasks.contrastive import embed_images, embed_texts
 from bvl.train.loop import train
 
@@ -172,9 +172,9 @@ def test_lengths_asked_for_reach_the_captioner(suite, components, prepared, monk
 
 
 def test_a_sweep_compiles_once_and_is_written(suite, components, tmp_path):
-    before = captioning.generate._cache_size()
+    before = writing_rows.generate._cache_size()
     points = sweep_guidance(components, suite, (0.0, 1.0, 3.0), batch_size=16)
-    assert captioning.generate._cache_size() == before + 1
+    assert writing_rows.generate._cache_size() == before + 1
     assert [p.guidance for p in points] == [0, 1, 3]
     assert [p.result.provenance["decoding"]["guidance"] for p in points] == [0, 1, 3]
     # Scale 1 with null rows decodes as without.

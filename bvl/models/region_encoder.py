@@ -133,7 +133,7 @@ class RegionEncoder(nn.Module):
         own = jnp.einsum("brijr->brij", covered)
         weights = jnp.where((prompts.kind == 2)[..., None, None], own, 1.0)
         weights = weights / jnp.maximum(weights.sum((2, 3), keepdims=True), 1e-6)
-        cells = self.param("cells", normal_init(0.02, None, "embed"), (*size, config.width))
+        cells = self.param("cells", normal_init(0.02, None, None, "embed"), (*size, config.width))
         total = jnp.zeros(())
         for i, features in enumerate(maps):
             aligned = roi_align(features, boxes, output_size=size, sampling_ratio=ratio)

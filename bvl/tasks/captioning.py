@@ -17,9 +17,6 @@ from bvl.tasks.caption import Caption
 from bvl.tasks.contrastive import embed_texts, has_contrastive
 from bvl.tasks.writing_rows import Candidate, image_visual, row_scales, warn_once, write_rows
 
-# Its number of compilations is what a sweep must not raise.
-from bvl.tasks.writing_rows import generate as generate
-
 # What the null rows of guidance go without.
 GuidanceNull = Literal["image", "controls", "both"]
 
