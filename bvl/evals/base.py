@@ -43,19 +43,25 @@ class EvalResult:
 
     metrics: "accuracy" -> value, "accuracy/ci95" -> [low, high].
     provenance: what the numbers depend on, ready for JSON. per_example: one dict a record, ready for JSON.
+    calibration: of presence, as calibration.json holds it, from a suite that makes one.
     """
 
     metrics: dict[str, Value]
     provenance: dict[str, Any]
     per_example: list[dict[str, Any]]
+    calibration: dict[str, Any] | None = None
 
 
 class Evaluation(NamedTuple):
-    """Results of several suites: "<suite>/<metric>" -> value, and by suite what they depend on and the examples."""
+    """Results of several suites: "<suite>/<metric>" -> value, and by suite what they depend on and the examples.
+
+    calibration: of the first suite that made one.
+    """
 
     metrics: dict[str, Value]
     provenance: dict[str, dict[str, Any]]
     per_example: dict[str, list[dict[str, Any]]]
+    calibration: dict[str, Any] | None = None
 
     def flat(self) -> dict[str, Any]:
         """The metrics, with "<suite>/provenance" beside them."""
@@ -115,6 +121,7 @@ def evaluate(components: Components, suites: Mapping[str, Suite], *, batch_size:
     metrics: dict[str, Value] = {}
     provenance: dict[str, dict[str, Any]] = {}
     per_example: dict[str, list[dict[str, Any]]] = {}
+    calibration = None
     for name, suite in suites.items():
         try:
             result = suite.run(components, batch_size=batch_size, cache=cache)
@@ -122,7 +129,8 @@ def evaluate(components: Components, suites: Mapping[str, Suite], *, batch_size:
             raise type(error)(f"evaluation {name}: {error}") from error
         metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}
         provenance[name], per_example[name] = result.provenance, result.per_example
-    return Evaluation(metrics, provenance, per_example)
+        calibration = calibration or result.calibration
+    return Evaluation(metrics, provenance, per_example, calibration)
 
 
 def write_eval(run: RunFolder, evaluation: Evaluation, *, name: str | None = None) -> dict[str, Value]:
@@ -130,7 +138,7 @@ def write_eval(run: RunFolder, evaluation: Evaluation, *, name: str | None = Non
 
     Without `name` they are the training run's own: eval.json and predictions/<suite>.jsonl. With it they go to
     eval/<name>.json and predictions/<name>.<suite>.jsonl and touch neither. "<suite>/provenance" stands in the
-    same file as the numbers.
+    same file as the numbers. calibration.json is written where a suite has made a calibration.
     """
     if name is not None:
         check_name(name)
@@ -139,6 +147,8 @@ def write_eval(run: RunFolder, evaluation: Evaluation, *, name: str | None = Non
         write_atomic(predictions_path(run, suite, name=name), lines)
     path = run.eval if name is None else run.evals / f"{name}.json"
     write_atomic(path, json.dumps(evaluation.flat(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    if evaluation.calibration is not None:
+        write_atomic(run.calibration, json.dumps(evaluation.calibration) + "\n")
     return evaluation.metrics
 
 

@@ -1,0 +1,284 @@
+"""Suites of regions: values of known predictions, calibration, and all of it by an untrained model on phantoms."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import PHANTOMS, tiny_components
+from tiny_run import fast_compilation  # noqa: F401
+
+from bvl.data.regions import Regions
+from bvl.data.sources import RecordSet, Source
+from bvl.data.transforms import Preprocess, apply
+from bvl.errors import ConfigError, DataError
+from bvl.evals import detection, grounding
+from bvl.evals.base import evaluate, write_eval
+from bvl.evals.detection import ObjectDetection
+from bvl.evals.grounding import PhraseGrounding
+from bvl.evals.regions import PhraseLists, instance_ious
+from bvl.mesh import unbox
+from bvl.metrics.masks import pairwise_mask_iou
+from bvl.models.region_decoder import RegionDecoderConfig
+from bvl.models.region_encoder import RegionEncoderConfig
+from bvl.models.vit import ViTConfig
+from bvl.runs import Encoder, RunFolder, build_model
+from bvl.tasks.detection import Detection
+from bvl.tasks.grounding import Grounding
+from bvl.tasks.locating import Detections, LocatedImage
+from bvl.tasks.region_caption import RegionCaption
+
+SOURCE = Source(phantoms=PHANTOMS, split=None)
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    """Of intervals nothing is judged here but that they are there."""
+    monkeypatch.setattr("bvl.evals.caption_scores.BOOTSTRAP_SAMPLES", 100)
+
+
+@pytest.fixture(scope="module")
+def components():
+    """The tiny captioner, untrained, with all that describes and finds regions."""
+    base = tiny_components(captions=True)
+    config = dataclasses.replace(
+        base.config,
+        model=dataclasses.replace(
+            base.config.model,
+            image=ViTConfig("XXS/8", pool="mean", width=16, depth=1, num_heads=2),
+            region_encoder=RegionEncoderConfig(width=16, output_size=2, num_heads=2),
+            region_decoder=RegionDecoderConfig(width=16, depth=1, num_heads=2, pixel_width=8),
+        ),
+        tasks={
+            **base.config.tasks,
+            "region_caption": RegionCaption(),
+            "grounding": Grounding(),
+            "detection": Detection(),
+        },
+    )
+    model = build_model(config, base.tokenizer)
+    tokens = jnp.zeros((1, base.tokenizer.context_length), jnp.int32)
+    pixels = jnp.zeros((1, 32, 32, 3))
+    shapes = unbox(jax.eval_shape(model.init, jax.random.key(0), pixels, tokens, tokens == 0)["params"])
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
+    return dataclasses.replace(
+        base,
+        model=model,
+        params={"model": params, "heads": {}},
+        config=config,
+        encoder=Encoder(model, config.data.preprocess, base.encoder.mesh),
+    )
+
+
+@pytest.fixture(scope="module")
+def records():
+    record_set = RecordSet(SOURCE)
+    return [record_set.load(i, mask=True) for i in range(len(record_set))]
+
+
+def run(suite, components, **options):
+    suite.check_config(components.config)
+    suite.check()
+    return suite.run(components, batch_size=8, **options)
+
+
+def oracle(records, *, shift=0.0, logits=None):
+    """`locate` of a model that knows the truth of names; boxes moved by `shift` of their width, logits by presence."""
+    by_image = {record["image"].tobytes(): record for record in records}
+    rng = np.random.default_rng(0)
+
+    def locate(components, images, phrases, *, batch_size):
+        for image, names in zip(images, phrases, strict=True):
+            record = by_image[image.tobytes()]
+            shown = apply(image, preprocess=Preprocess(image_size=32))
+            boxes, presence, masks = [], [], []
+            for name in names:
+                own = [i for i, entry in enumerate(record["boxes"]) if entry["name"] == name]
+                box = np.array(record["boxes"][own[0]]["box"]) if own else np.array([0.0, 0.0, 0.1, 0.1])
+                boxes.append(box + shift * np.array([box[2] - box[0], 0.0] * 2))
+                presence.append((logits or (lambda there, rng: 3.0 if there else -3.0))(bool(own), rng))
+                inside = np.isin(record["mask"], np.array(own) + 1) if own else np.zeros((32, 32), bool)
+                masks.append(np.where(inside, 9.0, -9.0))
+            yield LocatedImage(np.array(boxes), np.array(presence), np.array(masks), shown, (32, 32))
+
+    return locate
+
+
+def test_the_truth_gets_full_marks(components, records, monkeypatch):
+    monkeypatch.setattr(grounding, "locate", oracle(records))
+    result = run(PhraseGrounding(source=SOURCE, min_area=1), components)
+    metrics = result.metrics
+    for name in ("acc_at_50", "acc_at_75", "miou", "dice", "presence_auroc"):
+        assert metrics[name] == pytest.approx(1), name
+        assert metrics[f"{name}/ci95"] == pytest.approx([1, 1])
+    assert metrics["false_found_rate_at_90"] == metrics["aurc_at_50"] * 0
+    present = [{e["name"] for e in r["boxes"]} for r in records]
+    absent = [set(r["labels_known"]) - p - set(r["labels"]) for r, p in zip(records, present, strict=True)]
+    assert metrics["num_present"] == sum(map(len, present))
+    assert metrics["num_absent"] == sum(map(len, absent))
+    assert result.provenance["interval"]["unit"] == "patient"
+    first = next(row for row in result.per_example if any(p["present"] for p in row["phrases"]))
+    shown = next(p for p in first["phrases"] if p["present"])
+    assert shown["iou"] == shown["dice"] == 1 and 0 < shown["p_value"] <= 1
+    json.dumps(result.per_example)
+
+
+def test_a_box_half_a_width_away_has_a_third(components, records, monkeypatch):
+    monkeypatch.setattr(grounding, "locate", oracle(records, shift=0.5))
+    one = [r for r in records if len(r["boxes"]) == 1]
+    metrics = run(PhraseGrounding(source=SOURCE, by="modality"), components).metrics
+    assert len(one) > 5 and metrics["acc_at_50"] < 0.3
+    per_example = run(PhraseGrounding(source=SOURCE), components).per_example
+    ids = {record["id"] for record in one}
+    shown = [p for row in per_example if row["id"] in ids for p in row["phrases"] if p["present"]]
+    np.testing.assert_allclose([p["iou"] for p in shown], 1 / 3, atol=1e-6)
+    means = [v for k, v in metrics.items() if k.startswith("miou/") and not k.endswith("ci95")]
+    assert len(means) == len({r["modality"] for r in records if r["boxes"]})
+    assert min(means) <= metrics["miou"] <= max(means)
+
+
+def test_calibration_is_of_one_half_and_judged_on_the_other(components, records, monkeypatch, tmp_path):
+    """Logits without any meaning: at alpha 0.2 about a fifth of the absent ones of the other half is found."""
+    source = dataclasses.replace(SOURCE, phantoms=dataclasses.replace(PHANTOMS, num_patients=100))
+    more = RecordSet(source)
+    known = [more.load(i, mask=True) for i in range(len(more))]
+    monkeypatch.setattr(grounding, "locate", oracle(known, logits=lambda there, rng: float(rng.normal())))
+    suite = PhraseGrounding(source=source, alpha=0.2)
+    result = run(suite, components)
+    calibration, total = result.calibration, result.metrics["num_absent"]
+    assert 0.3 * total < len(calibration["negatives"]) < 0.7 * total
+    assert calibration["negatives"] == sorted(calibration["negatives"])
+    assert calibration["weights_hash"] == components.weights_hash()
+    low, high = result.metrics["conformal_false_found_rate/ci95"]
+    assert low - 0.05 < 0.2 < high + 0.05
+    assert result.metrics["presence_auroc"] == pytest.approx(0.5, abs=0.1)
+
+    everything = run(dataclasses.replace(suite, calibrate="all"), components)
+    assert len(everything.calibration["negatives"]) == total
+    assert "conformal_found_rate" not in everything.metrics
+    assert run(dataclasses.replace(suite, calibrate="none"), components).calibration is None
+    calibrated = dataclasses.replace(components, calibration=calibration)
+    own = run(dataclasses.replace(suite, calibrate="none"), calibrated)
+    assert own.calibration is None and "conformal_found_rate" in own.metrics
+
+    evaluation = evaluate(components, {"regions_x/grounding": suite}, batch_size=8)
+    folder = RunFolder(tmp_path / "run")
+    write_eval(folder, evaluation)
+    assert json.loads(folder.calibration.read_text())["split_hash"] == more.split_hash()
+
+
+def test_the_mean_training_box_stands_beside_the_model(components, records, monkeypatch):
+    monkeypatch.setattr(grounding, "locate", oracle(records))
+    metrics = run(PhraseGrounding(source=SOURCE, baseline=SOURCE), components).metrics
+    by_name = {}
+    for record in records:
+        for entry in record["boxes"]:
+            by_name.setdefault(entry["name"], []).append(entry["box"])
+    means = {name: np.mean(boxes, 0) for name, boxes in by_name.items()}
+    expected = [
+        max(
+            float(grounding.nearest_iou(means[name], np.array([e["box"]])))
+            for e in r["boxes"]
+            if e["name"] == name
+        )
+        for r in records
+        for name in dict.fromkeys(e["name"] for e in r["boxes"])
+    ]
+    assert metrics["mean_box_miou"] == pytest.approx(np.mean(expected))
+    assert 0 < metrics["mean_box_miou"] < 0.9
+
+
+def test_phrases_by_field_and_by_list():
+    record_set = RecordSet(SOURCE)
+    index = next(i for i in range(len(record_set)) if record_set.describe(i)["boxes"])
+    record = record_set.describe(index)
+    entry = record["boxes"][0]
+    by_text = PhraseLists(record_set, {"texts": 1.0}, regions=Regions(), seed=0)
+    there = [p for p in by_text.of(index) if p.present]
+    assert any(p.text in entry["texts"] and 0 in p.members for p in there)
+    assert [p.text for p in by_text.of(index)] == [p.text for p in by_text.of(index)]
+    absent = [name for name in record["labels_known"] if name not in record["labels"]]
+    listed = PhraseLists(record_set, (entry["name"], *absent, "liver"), regions=Regions(), seed=0)
+    assert [(p.text, p.present) for p in listed.of(index)] == [
+        (entry["name"], True),
+        *((n, False) for n in absent),
+    ]
+    synonym = PhraseLists(record_set, (entry["texts"][-1],), regions=Regions(), seed=0)
+    assert 0 in synonym.of(index)[0].members, "a text of the entry names it too"
+
+
+def test_instances_by_counting_ids_equal_masks_by_pairs():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 4, (9, 7))
+    masks = rng.random((5, 9, 7)) < 0.4
+    true = np.stack([ids == i for i in (1, 3)])
+    np.testing.assert_allclose(instance_ious(masks, ids, [0, 2]), pairwise_mask_iou(masks, true))
+
+
+@pytest.mark.parametrize(("shift", "ap50", "ap"), [(0.0, 1.0, 1.0), (0.25, 1.0, 0.3), (0.5, 0.0, 0.0)])
+def test_average_precision_of_known_boxes(components, records, monkeypatch, shift, ap50, ap):
+    """A box a quarter of its width away has an IoU of 0.6: right at three of the ten thresholds."""
+    by_image = {record["image"].tobytes(): record for record in records}
+
+    def detect(components, images, names, **options):
+        out = []
+        for image in images:
+            entries = by_image[image.tobytes()]["boxes"][:1]
+            boxes = np.array([e["box"] for e in entries]).reshape(-1, 4)
+            moved = boxes + shift * np.stack([boxes[:, 2] - boxes[:, 0], np.zeros(len(boxes))] * 2, axis=1)
+            out.append(Detections(moved, [e["name"] for e in entries], np.ones(len(entries))))
+        return out
+
+    monkeypatch.setattr(detection, "detect", detect)
+    monkeypatch.setattr(detection._Image, "of", _first_only(detection._Image.of))
+    result = run(ObjectDetection(source=SOURCE), components)
+    assert result.metrics["ap50"] == pytest.approx(ap50)
+    assert result.metrics["map"] == pytest.approx(ap, abs=0.02)
+    names = result.provenance["names"]
+    assert {f"ap50/{name}" for name in names} <= result.metrics.keys()
+
+
+def _first_only(of):
+    def first(picture, detected, names):
+        return of(
+            dataclasses.replace(picture, entries=picture.entries[:1], boxes=picture.boxes[:1]),
+            detected,
+            names,
+        )
+
+    return first
+
+
+def test_an_untrained_model_end_to_end(components, tmp_path):
+    suites = {
+        "regions_p/grounding": PhraseGrounding(source=SOURCE, max_images=8, phrases="texts"),
+        "regions_p/detection": ObjectDetection(source=SOURCE, max_images=8),
+    }
+    for suite in suites.values():
+        suite.check_config(components.config)
+        suite.check()
+    evaluation = evaluate(components, suites, batch_size=8)
+    metrics = write_eval(RunFolder(tmp_path / "run"), evaluation)
+    assert 0 <= metrics["regions_p/grounding/miou"] <= 1 and 0 <= metrics["regions_p/grounding/dice"] <= 1
+    assert "regions_p/grounding/instance_ap50" in metrics
+    assert 0 <= metrics["regions_p/detection/map"] <= metrics["regions_p/detection/ap50"] <= 1
+    rows = evaluation.per_example["regions_p/grounding"]
+    assert len(rows) <= 8 and all(len(p["box"]) == 4 for row in rows for p in row["phrases"])
+    assert evaluation.provenance["regions_p/detection"]["num_evaluated"] == 8
+
+
+def test_what_cannot_be_evaluated_says_why(components):
+    with pytest.raises(ConfigError, match="no task of type Grounding"):
+        PhraseGrounding(source=SOURCE).check_config(tiny_components().config)
+    with pytest.raises(ConfigError, match="calibrate"):
+        PhraseGrounding(source=SOURCE, calibrate="some")
+    with pytest.raises(ConfigError, match="phrases"):
+        PhraseGrounding(source=SOURCE, phrases=("",))
+    with pytest.raises(DataError, match="no box has the name 'liver'"):
+        run(ObjectDetection(source=SOURCE, names=("liver",)), components)
+    with pytest.raises(DataError, match="no record shows one of the phrases"):
+        run(PhraseGrounding(source=SOURCE, phrases=("liver",)), components)
