@@ -22,6 +22,10 @@ VERBS = [
     ["embed"],
     ["caption"],
     ["sweep-guidance"],
+    ["describe"],
+    ["ground"],
+    ["segment"],
+    ["detect"],
     ["data"],
     ["data", "phantoms"],
     ["data", "show"],
@@ -266,7 +270,7 @@ def test_exit_codes(error, code, monkeypatch, capsys):
     def fail(args):
         raise error
 
-    monkeypatch.setattr(cli, "_data_show", fail)
+    monkeypatch.setattr("bvl.cli.data._data_show", fail)
     assert run("data", "show", "x.py") == code
     text = capsys.readouterr().err
     assert text.startswith("bvl data: ") and "Traceback" not in text
@@ -276,7 +280,7 @@ def test_own_mistakes_keep_their_traceback(monkeypatch):
     def fail(args):
         raise OSError("not about a path of the user's")
 
-    monkeypatch.setattr(cli, "_data_show", fail)
+    monkeypatch.setattr("bvl.cli.data._data_show", fail)
     with pytest.raises(OSError):
         cli.main(["data", "show", "x.py"])
 
