@@ -534,6 +534,19 @@ def test_bad_options(options, match):
         Regions(**options)
 
 
+def test_region_texts_may_have_a_shorter_context(folder):
+    whole = make(source(folder), regions=Regions(max_phrases=2))
+    short = make(source(folder), regions=Regions(max_phrases=2, context_length=5))
+    (a,), (b,) = batches(whole, 0, 1), batches(short, 0, 1)
+    for key in ("region_text", "region_text_mask", "phrase", "phrase_mask"):
+        assert b[key].shape[-1] == 5 < a[key].shape[-1]
+    fits = a["region_text_mask"].sum(-1) <= 5
+    assert fits.any()
+    np.testing.assert_array_equal(a["region_text"][fits][:, :5], b["region_text"][fits])
+    with pytest.raises(ConfigError, match="longer than data.tokenizer.context_length"):
+        make(source(folder), regions=Regions(context_length=CONTEXT + 1))
+
+
 def test_what_a_pipeline_refuses(folder):
     with pytest.raises(ConfigError, match="mask_stride=5.*32x32"):
         make(source(folder), regions=Regions(mask_stride=5))

@@ -105,7 +105,7 @@ class PhraseSampler:
     """Draws the objects and phrases of training images."""
 
     def __init__(self, regions: Regions, *, tokenizer: Tokenizer, height_width: tuple[int, int]):
-        self.regions, self.tokenizer = regions, tokenizer
+        self.regions, self.tokenizer = regions, regions.tokenizer(tokenizer)
         self.grid = regions.grid(height_width)
         self._choice = regions.phrase_choice()
 

@@ -39,6 +39,8 @@ class Regions:
     phrases: what a region is looked for by, likewise. One word may be marked with asterisks, as in "a *nodule* on the left".
     absent: probability that a phrase names what the image is known not to show, where some such thing is known. At
       least one phrase names what is there if anything is.
+    context_length: tokens of a region's text or phrase in training, start and end included; None = as of other texts
+      (data.tokenizer.context_length). Few make training faster, for they are most of the rows.
     """
 
     max_regions: int = 8
@@ -51,11 +53,16 @@ class Regions:
     text: str | dict[str, float] = "name"
     phrases: str | dict[str, float] = "name"
     absent: float = 0.5
+    context_length: int | None = None
 
     def __post_init__(self):
         for field in ("max_regions", "max_objects", "max_phrases", "mask_stride"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"data.regions.{field}={getattr(self, field)}: must be at least 1")
+        if self.context_length is not None and self.context_length < 3:
+            raise ConfigError(
+                f"data.regions.context_length={self.context_length}: start, one token and end need at least 3"
+            )
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown:
             raise ConfigError(f"data.regions.kinds: unknown {unknown[0]!r}; there is {', '.join(KINDS)}")
@@ -71,6 +78,17 @@ class Regions:
                 TextChoice.of(getattr(self, field))
             except ConfigError as error:
                 raise ConfigError(f"data.regions.{field}: {error}") from None
+
+    def tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer of training texts and phrases; ConfigError for more room than the models' texts have."""
+        if self.context_length is None:
+            return tokenizer
+        if self.context_length > tokenizer.context_length:
+            raise ConfigError(
+                f"data.regions.context_length={self.context_length} is longer than data.tokenizer.context_length="
+                f"{tokenizer.context_length}"
+            )
+        return tokenizer.with_context(self.context_length)
 
     def text_choice(self) -> TextChoice:
         """Which text of a box entry describes it."""
@@ -189,7 +207,8 @@ class PromptSampler:
     def __init__(
         self, regions: Regions, *, controls: Controls, tokenizer: Tokenizer, height_width: tuple[int, int]
     ):
-        self.regions, self.controls, self.tokenizer = regions, controls, tokenizer
+        self.regions, self.controls = regions, controls
+        self.tokenizer = regions.tokenizer(tokenizer)
         self.grid = regions.grid(height_width)
         self._choice = regions.text_choice()
         total = sum(regions.kinds.values())

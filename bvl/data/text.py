@@ -142,6 +142,10 @@ class Tokenizer:
         model.add_special_tokens(new)
         return Tokenizer(model, self.context_length)
 
+    def with_context(self, context_length: int) -> Tokenizer:
+        """The same vocabulary for texts of another length."""
+        return Tokenizer(self._model, context_length)
+
     def save(self, path: Path) -> None:
         self._model.save(str(path))
 

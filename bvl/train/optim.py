@@ -69,6 +69,8 @@ class OptimConfig:
         r"token_embed$",
         r"types$",
         r"queries$",
+        r"cells$",
+        r"kinds$",
         r"null$",
     )
     lr_multipliers: dict[str, float] = dataclasses.field(default_factory=dict)

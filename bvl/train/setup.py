@@ -99,7 +99,7 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
         temporary = run.tokenizer.with_name("tokenizer.json.tmp")
         tokenizer.save(temporary)
         temporary.replace(run.tokenizer)
-    texts = [text for text, _ in zip(training_texts(sets, regions=regions), range(COUNTED_TEXTS), strict=False)]
+    texts = [text for text, _ in zip(training_texts(sets), range(COUNTED_TEXTS), strict=False)]
     cut = tokenizer.count_truncated(texts)
     logger.info(
         "text: vocabulary of %d; %d of %d training texts are longer than the context of %d and are cut%s",
@@ -109,6 +109,17 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
         tokenizer.context_length,
         " (data.tokenizer.context_length)" if cut else "",
     )
+    if regions is not None:
+        shown = regions.tokenizer(tokenizer)
+        described = list(dict.fromkeys(text for s in sets for text in s.region_texts(regions)))
+        cut = shown.count_truncated(described)
+        logger.info(
+            "regions: %d of %d texts and phrases are longer than the context of %d and are cut%s",
+            cut,
+            len(described),
+            shown.context_length,
+            " (data.regions.context_length)" if cut else "",
+        )
     classes = config.data.classes if config.data.classes is not None else label_names(sets)
     if run.classes.is_file() and tuple(json.loads(run.classes.read_text())) != classes:
         raise DataError(
