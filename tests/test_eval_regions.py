@@ -10,16 +10,21 @@ import pytest
 from tiny_model import PHANTOMS, tiny_components
 from tiny_run import fast_compilation  # noqa: F401
 
+from bvl.data.arrays import Arrays
 from bvl.data.regions import Regions
 from bvl.data.sources import RecordSet, Source
 from bvl.data.transforms import Preprocess, apply
 from bvl.errors import ConfigError, DataError
-from bvl.evals import detection, grounding
+from bvl.evals import describing, detection, grounding
+from bvl.evals import heat_maps as heat_maps_suite
 from bvl.evals.base import evaluate, write_eval
+from bvl.evals.describing import RegionDescriptions, first_name
 from bvl.evals.detection import ObjectDetection
 from bvl.evals.grounding import PhraseGrounding
+from bvl.evals.heat_maps import HeatMapPointing
 from bvl.evals.regions import PhraseLists, instance_ious
 from bvl.mesh import unbox
+from bvl.metrics.heat_maps import inside_boxes
 from bvl.metrics.masks import pairwise_mask_iou
 from bvl.models.region_decoder import RegionDecoderConfig
 from bvl.models.region_encoder import RegionEncoderConfig
@@ -29,6 +34,7 @@ from bvl.tasks.detection import Detection
 from bvl.tasks.grounding import Grounding
 from bvl.tasks.locating import Detections, LocatedImage
 from bvl.tasks.region_caption import RegionCaption
+from bvl.tasks.writing_rows import Candidate
 
 SOURCE = Source(phantoms=PHANTOMS, split=None)
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -253,10 +259,157 @@ def _first_only(of):
     return first
 
 
+class Written:
+    """`describe` of a model that says what `say` makes of (entry-like prompt, length asked)."""
+
+    def __init__(self, say):
+        self.say, self.asked = say, []
+
+    def __call__(self, components, encoded, prompts, *, controls, **options):
+        asked = controls["length"] or [[None] * len(some) for some in prompts]
+        self.asked += [n for some in asked for n in some]
+        return [
+            [[Candidate(self.say(p, n), 0.0, 0.0, ())] for p, n in zip(some, own, strict=True)]
+            for some, own in zip(prompts, asked, strict=True)
+        ]
+
+
+def left_right_source():
+    """Two things a picture, whose box tells name and side: wide ones are "cyst", others "stone"."""
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(12):
+        entries = []
+        for side, x in (("left", 0.1), ("right", 0.6)):
+            name, width = (("cyst", 0.3), ("stone", 0.1))[rng.integers(2)]
+            box = [x, 0.3, x + width, 0.5]
+            entries.append({"box": box, "name": name, "site": f"{name} on the {side} side"})
+        records.append({"id": str(i), "image": f"image {i}", "boxes": entries})
+    images = rng.integers(0, 255, (12, 32, 32, 3), np.uint8)
+    return Source(arrays=Arrays.holding(images, records), split=None, name="sides"), records
+
+
+def truth(prompt, asked):
+    x0, _, x1, _ = prompt["box"]
+    name, side = "cyst" if x1 - x0 > 0.2 else "stone", "left" if x0 + x1 < 1 else "right"
+    return f"{name} on the {side} side"
+
+
+SIDES = {"side": ("left", "right")}
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_true_descriptions_get_full_marks_also_in_the_mirror(components, monkeypatch, mirrored):
+    source, records = left_right_source()
+    monkeypatch.setattr(describing, "describe_regions", Written(truth))
+    suite = RegionDescriptions(source=source, text="site", mirrored=mirrored, word_groups=SIDES, jitter=0.1)
+    result = run(suite, components)
+    for name in (
+        "name_accuracy",
+        "name_balanced_accuracy",
+        "word_accuracy/side",
+        "word_stated/side",
+        "rouge_l",
+    ):
+        assert result.metrics[name] == 1, name
+    box, true = (result.per_example[0]["regions"][0][k] for k in ("box", "true_box"))
+    x0, _, x1, _ = records[0]["boxes"][0]["box"]
+    np.testing.assert_allclose([true[0], true[2]], [1 - x1, 1 - x0] if mirrored else [x0, x1])
+    assert 0 < np.abs(np.subtract(box, true)).max() <= 0.1 * 0.3 + 1e-6
+
+
+def test_wrong_names_sides_and_lengths_cost_what_they_should(components, monkeypatch):
+    source, records = left_right_source()
+    write = Written(lambda prompt, asked: "stone on the left" + " side" * (asked == 5))
+    monkeypatch.setattr(describing, "describe_regions", write)
+    metrics = run(
+        RegionDescriptions(source=source, text="site", word_groups=SIDES, length="reference"), components
+    ).metrics
+    names = [entry["name"] for record in records for entry in record["boxes"]]
+    assert metrics["name_accuracy"] == pytest.approx(np.mean([name == "stone" for name in names]))
+    assert metrics["name_balanced_accuracy"] == 0.5
+    assert (metrics["recall/stone"], metrics["recall/cyst"]) == (1, 0)
+    assert metrics["word_accuracy/side"] == 0.5 and metrics["word_stated/side"] == 1
+    assert set(write.asked) == {5} and metrics["length_exact"] == 1
+    asked = run(RegionDescriptions(source=source, length=6, name_words={"cyst": ("stone",)}), components)
+    assert (asked.metrics["length_exact"], asked.metrics["length_within_1"]) == (0, 0)
+    assert asked.metrics["name_accuracy"] == 1, "what also says cyst"
+
+
+def test_the_first_and_longest_name_counts():
+    spoken = {n: {tuple(n.split())} for n in ("cell", "red cell", "white cell")}
+    assert first_name("a red cell beside a white cell".split(), spoken) == "red cell"
+    assert first_name("cell not a white cell".split(), spoken) == "cell"
+    assert first_name("redcell".split(), spoken) is None
+
+
+def test_points_lie_on_the_mask(components, records, monkeypatch):
+    pointed = []
+    monkeypatch.setattr(
+        describing, "describe_regions", Written(lambda prompt, asked: pointed.append(prompt) or "x")
+    )
+    result = run(RegionDescriptions(source=SOURCE, kind="point", jitter=0.4), components)
+    by_id = {record["id"]: record for record in records}
+    for row in result.per_example:
+        for region in row["regions"]:
+            x, y = (int(v * 32) for v in region["point"])
+            record = by_id[row["id"]]
+            names = [e["name"] for e in record["boxes"] if e["box"] == pytest.approx(region["true_box"])]
+            assert record["mask"][y, x] > 0 and region["name"] in names
+    assert len(pointed) == result.metrics["num_regions"]
+    masks = run(RegionDescriptions(source=SOURCE, kind="mask", max_images=4, max_regions=1), components)
+    assert (
+        pointed[-1]["mask"].dtype == bool and masks.metrics["num_regions"] == masks.metrics["num_images"] == 4
+    )
+
+
+def test_dense_captions_need_place_and_words(components, monkeypatch):
+    source, records = left_right_source()
+    boxes = np.array([[e["box"] for e in record["boxes"]] for record in records])
+
+    def detect(components, images, names, **options):
+        assert names == ["cyst", "stone"]
+        return [Detections(own, ["x"] * 2, np.array([0.9, 0.8])) for own in boxes]
+
+    monkeypatch.setattr(describing, "detect", detect)
+    suite = RegionDescriptions(source=source, text="site", dense=True)
+    monkeypatch.setattr(describing, "describe_regions", Written(truth))
+    assert run(suite, components).metrics["dense_caption_map"] == pytest.approx(1)
+    monkeypatch.setattr(describing, "describe_regions", Written(lambda prompt, asked: "nothing"))
+    # Of the six thresholds of words the first is 0.
+    assert run(suite, components).metrics["dense_caption_map"] == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize(("sign", "hit"), [(1.0, 1.0), (-1.0, 0.0)])
+def test_heat_maps_point_or_not(components, records, monkeypatch, sign, hit):
+    by_image = {record["image"].tobytes(): record for record in records}
+
+    def heat_maps(components, images, phrases, **options):
+        rng = np.random.default_rng(0)
+        out = []
+        for image, names in zip(images, phrases, strict=True):
+            entries = by_image[image.tobytes()]["boxes"]
+            insides = [
+                inside_boxes(np.array([e["box"] for e in entries if e["name"] == n]), (32, 32)) for n in names
+            ]
+            out.append(np.stack([sign * (x + 0.1 * rng.random((32, 32))) for x in insides]))
+        return out
+
+    monkeypatch.setattr(heat_maps_suite, "heat_maps", heat_maps)
+    metrics = run(HeatMapPointing(source=SOURCE), components).metrics
+    assert metrics["pointing_game"] == hit
+    assert metrics["pointing_game/chance"] == metrics["area_share"] and 0 < metrics["area_share"] < 0.5
+    assert metrics["cnr"] > 5 and metrics["cnr_signed"] == pytest.approx(sign * metrics["cnr"])
+
+
 def test_an_untrained_model_end_to_end(components, tmp_path):
     suites = {
         "regions_p/grounding": PhraseGrounding(source=SOURCE, max_images=8, phrases="texts"),
         "regions_p/detection": ObjectDetection(source=SOURCE, max_images=8),
+        "regions_p/describe": RegionDescriptions(
+            source=SOURCE, max_images=8, max_regions=2, length="reference", dense=True, max_length=4
+        ),
+        "regions_p/pointing": HeatMapPointing(source=SOURCE, max_images=8),
     }
     for suite in suites.values():
         suite.check_config(components.config)
@@ -266,6 +419,11 @@ def test_an_untrained_model_end_to_end(components, tmp_path):
     assert 0 <= metrics["regions_p/grounding/miou"] <= 1 and 0 <= metrics["regions_p/grounding/dice"] <= 1
     assert "regions_p/grounding/instance_ap50" in metrics
     assert 0 <= metrics["regions_p/detection/map"] <= metrics["regions_p/detection/ap50"] <= 1
+    assert (
+        0 <= metrics["regions_p/describe/length_exact"] <= metrics["regions_p/describe/length_within_1"] <= 1
+    )
+    assert {"name_balanced_accuracy", "rouge_l", "dense_caption_map"} <= {n.split("/")[-1] for n in metrics}
+    assert 0 <= metrics["regions_p/pointing/pointing_game"] <= 1
     rows = evaluation.per_example["regions_p/grounding"]
     assert len(rows) <= 8 and all(len(p["box"]) == 4 for row in rows for p in row["phrases"])
     assert evaluation.provenance["regions_p/detection"]["num_evaluated"] == 8

@@ -16,12 +16,11 @@ from bvl.data.phrases import entry_phrases, read_mark
 from bvl.data.regions import entry_boxes, region_entries
 from bvl.data.sources import RecordSet, Source
 from bvl.data.text_choice import TextChoice, text_id
-from bvl.errors import ConfigError, DataError
-from bvl.evals.base import Cache, Collector, EvalResult, Suite, describe, provenance
+from bvl.errors import ConfigError
+from bvl.evals.base import Cache, Collector, EvalResult, Suite, provenance
 from bvl.evals.regions import (
     REGION_BATCH,
     Phrase,
-    PhraseLists,
     Picture,
     RegionScores,
     check_wanted,
@@ -29,8 +28,8 @@ from bvl.evals.regions import (
     instance_ious,
     is_held_out,
     nearest_iou,
+    phrases_to_find,
     read_pictures,
-    some_of,
     with_regions,
 )
 from bvl.metrics.boxes import hits_at
@@ -100,7 +99,9 @@ class PhraseGrounding(Suite):
     def run(self, components: Components, *, batch_size: int, cache: Cache | None = None) -> EvalResult:
         self.check_config(components.config)
         record_set = self.opened()
-        lists, left_out = self._lists(components)
+        lists, left_out = phrases_to_find(
+            record_set, components, self.phrases, max_images=self.max_images, seed=self.seed
+        )
         indices, unreadable, found = list(lists), [], _Found()
         batch_size = min(self.region_batch_size, batch_size, len(indices))
         parts = read_pictures(record_set, indices, masks=True, batch_size=batch_size, unreadable=unreadable)
@@ -145,35 +146,6 @@ class PhraseGrounding(Suite):
         if isinstance(self.phrases, str | dict):
             return TextChoice.of(self.phrases)
         return config.data.regions.phrase_choice()
-
-    def _lists(self, components: Components) -> tuple[dict[int, list[Phrase]], dict[str, int]]:
-        """(record index -> its phrases, count of records and phrases left out by reason)."""
-        record_set = self.opened()
-        indices, left_out = with_regions(record_set)
-        indices = some_of(indices, self.max_images, self.seed, left_out)
-        of = PhraseLists(record_set, self.phrases, regions=components.config.data.regions, seed=self.seed).of
-        lists = {i: of(i) for i in indices}
-        distinct = list({phrase.text: None for phrases in lists.values() for phrase in phrases})
-        tokenizer = components.tokenizer
-        lengths = tokenizer.lengths(distinct) if distinct else []
-        short = {
-            text
-            for text, length in zip(distinct, lengths, strict=True)
-            if length <= tokenizer.context_length - 2
-        }
-        count = sum(map(len, lists.values()))
-        lists = {i: [phrase for phrase in phrases if phrase.text in short] for i, phrases in lists.items()}
-        if cut := count - sum(map(len, lists.values())):
-            left_out["phrases beyond the context"] += cut
-        without = sum(not phrases for phrases in lists.values())
-        if without:
-            left_out["without phrases"] += without
-        lists = {i: phrases for i, phrases in lists.items() if phrases}
-        if not any(phrase.present for phrases in lists.values() for phrase in phrases):
-            raise DataError(
-                f"{describe(record_set)}: no record shows one of the phrases ({self.phrases or 'data.regions.phrases'})"
-            )
-        return lists, dict(left_out)
 
     def _places(self, found: _Found, scores: RegionScores) -> None:
         """Boxes and masks of the phrases that are there."""

@@ -24,6 +24,7 @@ from bvl.evals.base import describe, fields_of, with_images
 from bvl.evals.caption_scores import Scores
 from bvl.metrics.bootstrap import bootstrap_interval
 from bvl.metrics.boxes import pairwise_iou
+from bvl.runs import Components
 
 # Images that are encoded and searched at a time, whatever the batch of plain encoding is.
 REGION_BATCH = 16
@@ -127,6 +128,39 @@ class PhraseLists:
 
     def _called(self, entry: Mapping[str, Any]) -> set[int]:
         return {text_id(text) for text in entry_phrases(entry, self._choice)}
+
+
+def phrases_to_find(
+    record_set: RecordSet,
+    components: Components,
+    wanted: Wanted,
+    *,
+    max_images: int | None,
+    seed: int,
+    absent: bool = True,
+) -> tuple[dict[int, list[Phrase]], dict[str, int]]:
+    """(record index -> its phrases, see `PhraseLists`, count of records and phrases left out by reason).
+
+    absent: with phrases of what is known not to be there. Raises DataError where no phrase names anything.
+    """
+    indices, left_out = with_regions(record_set)
+    indices = some_of(indices, max_images, seed, left_out)
+    of = PhraseLists(record_set, wanted, regions=components.config.data.regions, seed=seed).of
+    lists = {i: [phrase for phrase in of(i) if absent or phrase.present] for i in indices}
+    distinct = list({phrase.text: None for phrases in lists.values() for phrase in phrases})
+    lengths = components.tokenizer.lengths(distinct) if distinct else []
+    longest = components.tokenizer.context_length - 2
+    fits = {text for text, length in zip(distinct, lengths, strict=True) if length <= longest}
+    count = sum(map(len, lists.values()))
+    lists = {i: [phrase for phrase in phrases if phrase.text in fits] for i, phrases in lists.items()}
+    left_out["phrases beyond the context"] = count - sum(map(len, lists.values()))
+    left_out["without phrases"] = sum(not phrases for phrases in lists.values())
+    lists = {i: phrases for i, phrases in lists.items() if phrases}
+    if not any(phrase.present for phrases in lists.values() for phrase in phrases):
+        raise DataError(
+            f"{describe(record_set)}: no record shows one of the phrases ({wanted or 'data.regions.phrases'})"
+        )
+    return lists, {reason: number for reason, number in left_out.items() if number}
 
 
 def check_wanted(wanted: Wanted) -> None:
