@@ -15,7 +15,7 @@ from bvl.losses.masks import mask_bce, mask_dice_loss, sigmoid_focal_loss
 from bvl.losses.set_prediction import match_boxes
 from bvl.models.features import Located
 from bvl.tasks.base import Context, LossOutput, ModelInfo, Task, View
-from bvl.tasks.grounding import at_size, sum_terms
+from bvl.tasks.grounding import at_size, check_all_patches, sum_terms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class Detection(Task):
             raise ConfigError("detection compares objects with names: the model needs a text tower")
         if self.masks and not model_config.region_decoder.instance_masks:
             raise ConfigError("detection masks=True needs model.region_decoder.instance_masks=True")
+        check_all_patches(model_config, "detection")
 
     def fields(self) -> frozenset[str]:
         keys = {"image", "image_valid", "object_box", "object_valid", "phrase", "phrase_mask", "phrase_valid"}

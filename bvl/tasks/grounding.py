@@ -85,6 +85,7 @@ class Grounding(Task):
             raise ConfigError(
                 "grounding contrast and taco compare regions with texts: the model needs a text tower"
             )
+        check_all_patches(model_config, "grounding")
 
     def fields(self) -> frozenset[str]:
         keys = {"image", "image_valid", "object_box", "object_valid", "phrase", "phrase_mask", "phrase_valid"}
@@ -190,6 +191,12 @@ class Grounding(Task):
             "bpne,bpe->bpn", l2_normalize(regions + context[:, :, None]), l2_normalize(text + context)
         )
         return -jax.nn.log_softmax(cosine / TACO_TEMPERATURE, axis=-1)[..., 0]
+
+
+def check_all_patches(model_config: Any, what: str) -> None:
+    """ConfigError for an image tower that leaves patches out, for tasks that need to know where each one lies."""
+    if getattr(model_config.image, "patch_dropout", 0):
+        raise ConfigError(f"{what} looks at all patches of an image: set model.image.patch_dropout=0")
 
 
 def valid_phrases(batch: dict[str, jax.Array]) -> Bool[Array, "b p"]:

@@ -395,7 +395,8 @@ def _phrase_lists(
                 raise UserError(f"phrase {phrase!r} of image {i}: give a text that is not empty")
     distinct = list(dict.fromkeys(phrase for row in lists for phrase in row))
     longest = components.tokenizer.context_length - 2
-    for phrase, length in zip(distinct, components.tokenizer.lengths(distinct), strict=True):
+    texts = [read_mark(phrase)[0] for phrase in distinct]
+    for phrase, length in zip(distinct, components.tokenizer.lengths(texts), strict=True):
         if length > longest:
             raise UserError(
                 f"the phrase {phrase[:40]!r}... has {length} tokens; this run reads up to {longest} "

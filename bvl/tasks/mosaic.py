@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from bvl.models.dropout import RowKeys
 from bvl.models.layers import l2_normalize
 from bvl.models.roi_align import box_coverage, region_mean
 from bvl.tasks.base import Context, LossOutput, ModelInfo, Task, View
+from bvl.tasks.grounding import check_all_patches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,9 @@ class Mosaic(Task):
     def images_per_set(self) -> int:
         """How many images one mosaic of each grid takes."""
         return sum(k * k for k in self.grids)
+
+    def check(self, model_config: Any) -> None:
+        check_all_patches(model_config, "mosaic")
 
     def fields(self) -> frozenset[str]:
         return frozenset({"image", "image_valid", "text", "text_mask", "text_valid", "text_id"})
