@@ -3,14 +3,15 @@
 import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_model import PHANTOMS, tiny_components
+from tiny_regions import region_model
 from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.data.arrays import Arrays
+from bvl.data.phantoms import write_phantoms
 from bvl.data.regions import Regions
 from bvl.data.sources import RecordSet, Source
 from bvl.data.transforms import Preprocess, apply
@@ -20,20 +21,14 @@ from bvl.evals import heat_maps as heat_maps_suite
 from bvl.evals.base import evaluate, write_eval
 from bvl.evals.describing import RegionDescriptions, first_name
 from bvl.evals.detection import ObjectDetection
+from bvl.evals.folder import suites_for
 from bvl.evals.grounding import PhraseGrounding
 from bvl.evals.heat_maps import HeatMapPointing
 from bvl.evals.regions import PhraseLists, instance_ious
-from bvl.mesh import unbox
 from bvl.metrics.heat_maps import inside_boxes
 from bvl.metrics.masks import pairwise_mask_iou
-from bvl.models.region_decoder import RegionDecoderConfig
-from bvl.models.region_encoder import RegionEncoderConfig
-from bvl.models.vit import ViTConfig
-from bvl.runs import Encoder, RunFolder, build_model
-from bvl.tasks.detection import Detection
-from bvl.tasks.grounding import Grounding
+from bvl.runs import RunFolder
 from bvl.tasks.locating import Detections, LocatedImage
-from bvl.tasks.region_caption import RegionCaption
 from bvl.tasks.writing_rows import Candidate
 
 SOURCE = Source(phantoms=PHANTOMS, split=None)
@@ -48,36 +43,7 @@ def few_samples(monkeypatch):
 
 @pytest.fixture(scope="module")
 def components():
-    """The tiny captioner, untrained, with all that describes and finds regions."""
-    base = tiny_components(captions=True)
-    config = dataclasses.replace(
-        base.config,
-        model=dataclasses.replace(
-            base.config.model,
-            image=ViTConfig("XXS/8", pool="mean", width=16, depth=1, num_heads=2),
-            region_encoder=RegionEncoderConfig(width=16, output_size=2, num_heads=2),
-            region_decoder=RegionDecoderConfig(width=16, depth=1, num_heads=2, pixel_width=8),
-        ),
-        tasks={
-            **base.config.tasks,
-            "region_caption": RegionCaption(),
-            "grounding": Grounding(),
-            "detection": Detection(),
-        },
-    )
-    model = build_model(config, base.tokenizer)
-    tokens = jnp.zeros((1, base.tokenizer.context_length), jnp.int32)
-    pixels = jnp.zeros((1, 32, 32, 3))
-    shapes = unbox(jax.eval_shape(model.init, jax.random.key(0), pixels, tokens, tokens == 0)["params"])
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
-    return dataclasses.replace(
-        base,
-        model=model,
-        params={"model": params, "heads": {}},
-        config=config,
-        encoder=Encoder(model, config.data.preprocess, base.encoder.mesh),
-    )
+    return region_model().components
 
 
 @pytest.fixture(scope="module")
@@ -440,3 +406,43 @@ def test_what_cannot_be_evaluated_says_why(components):
         run(ObjectDetection(source=SOURCE, names=("liver",)), components)
     with pytest.raises(DataError, match="no record shows one of the phrases"):
         run(PhraseGrounding(source=SOURCE, phrases=("liver",)), components)
+
+
+def test_a_folder_with_boxes_gets_the_suites_of_the_tasks(components, tmp_path):
+    write_phantoms(tmp_path / "p", PHANTOMS, 24)
+    suites = suites_for(tmp_path / "p", config=components.config)
+    regions = [name for name in suites if name.startswith("regions")]
+    assert regions == [f"regions_p/{part}" for part in ("describe", "grounding", "detection", "pointing")]
+    describe = suites["regions_p/describe"]
+    assert describe.length == "reference" and suites["regions_p/grounding"].calibrate == "none"
+    assert (
+        suites_for(tmp_path / "p", config=components.config, calibrate=True)["regions_p/grounding"].calibrate
+        == "all"
+    )
+    plain = tiny_components().config
+    assert "regions_p/grounding" not in suites_for(tmp_path / "p", config=plain)
+    with pytest.raises(ConfigError, match="no task of type Grounding"):
+        suites_for(tmp_path / "p", config=plain, calibrate=True)
+    sided = dataclasses.replace(
+        components.config,
+        data=dataclasses.replace(components.config.data, regions=Regions(text="texts")),
+    )
+    assert suites_for(tmp_path / "p", config=sided)["regions_p/describe"].word_groups == {
+        "side": ("left", "right")
+    }
+
+
+def test_what_is_not_boxed_is_absent_where_training_said_so(components, tmp_path):
+    _, records = left_right_source()
+    for i, record in enumerate(records):
+        record |= {"image": f"{i}.png", "boxes": record["boxes"][:1]}
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / record["image"])
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(DataError, match="nothing is known to be absent"):
+        suites_for(tmp_path, config=components.config, name="x", calibrate=True)
+    trained = Source(root=str(tmp_path), text={"caption": 0.5, "impression": 0.5}, boxes_complete=True)
+    config = dataclasses.replace(
+        components.config, data=dataclasses.replace(components.config.data, train=(trained,))
+    )
+    suite = suites_for(tmp_path, config=config, name="x", split="val", calibrate=True)["regions_x/grounding"]
+    assert suite.source.boxes_complete and suite.opened().complete_names() == ("cyst", "stone")

@@ -1,4 +1,4 @@
-"""The suites that suit any folder of records: retrieval and captions where it has texts, zero-shot for labels."""
+"""The suites that suit any folder of records: by its texts, its labels, its boxes and masks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bvl.data.sources import Source
 from bvl.errors import ConfigError, DataError
 from bvl.evals.base import Suite, fields_of, overlaps_training, same_place
 from bvl.evals.caption import Captions, has_facts
+from bvl.evals.folder_regions import region_makers
 from bvl.evals.retrieval import Retrieval
 from bvl.evals.zeroshot import ZeroShot
 from bvl.tasks.caption import Caption
@@ -80,13 +81,15 @@ def suites_for(
     long_texts: LongTexts = "cut",
     captions: Mapping[str, Any] | None = None,
     only_captions: bool = False,
+    calibrate: bool = False,
 ) -> dict[str, Suite]:
-    """The suites of a folder of records, by name: `retrieval_<name>`, `zeroshot_<name>` and `caption_<name>`.
+    """The suites of a folder of records: `retrieval_<name>`, `zeroshot_<name>`, `caption_<name>`, `regions_<name>/...`.
 
     What was chosen is logged. Captions are for runs with a Caption task, the other two for those with a Contrastive one.
     Retrieval runs where records have a text. Zero-shot takes one class an image where every record that has labels
     has exactly one (named by its class_prompt, if there is one, else by its label), and each label on its own
-    ("label" against "no label") otherwise.
+    ("label" against "no label") otherwise. Where records have boxes or masks, the suites of regions that the run's tasks
+    allow: see `bvl.evals.folder_regions`.
 
     split: None = "test" where records name such a split, else "val", else all records; but where they name none and
     the run trained on "train" of them, the tenth "val" that it held out.
@@ -95,6 +98,7 @@ def suites_for(
     image_column, text_column: see `source_at`.
     texts_per_image: so many texts of each record, of the fields caption, alt_text, findings and impression in this
     order, None = all; 1 = that of the first of these fields that there is.
+    calibrate: presence of phrases is calibrated on all absent ones of these records; see `PhraseGrounding`.
     captions: fields of the `Captions` suite; its references are the texts that the run was trained on, where the
     records have them, else those of the first field.
     Raises DataError if the records allow none, or no captions where `captions` asks for them; ConfigError for
@@ -137,17 +141,22 @@ def suites_for(
         makers["zeroshot"] = lambda: _zeroshot(source)
     if config is not None and any(isinstance(task, Caption) for task in config.tasks.values()):
         makers["caption"] = lambda: _captions(source, config, captions or {})
+    if not only_captions and config is not None:
+        makers |= region_makers(source, config, calibrate=calibrate)
+    if calibrate and "regions/grounding" not in makers:
+        raise ConfigError("calibration is of the presence of phrases: the run has no task of type Grounding")
     for suite_name, make in makers.items():
         try:
             suite = make()
             suite.check_records()
         except DataError as error:
-            if suite_name == "caption" and captions:
+            if (suite_name == "caption" and captions) or (suite_name == "regions/grounding" and calibrate):
                 raise
             reasons.append(f"no {suite_name}: {error}")
             logger.info("%s: no %s, since %s", name, suite_name, error)
             continue
-        suites[f"{suite_name}_{name}"] = suite
+        kind, slash, what = suite_name.partition("/")
+        suites[f"{kind}_{name}{slash}{what}"] = suite
     if not suites:
         raise DataError(f"{folder}: nothing to evaluate.\n  " + "\n  ".join(reasons))
     return suites

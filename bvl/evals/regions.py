@@ -148,7 +148,7 @@ def phrases_to_find(
     of = PhraseLists(record_set, wanted, regions=components.config.data.regions, seed=seed).of
     lists = {i: [phrase for phrase in of(i) if absent or phrase.present] for i in indices}
     distinct = list({phrase.text: None for phrases in lists.values() for phrase in phrases})
-    lengths = components.tokenizer.lengths(distinct) if distinct else []
+    lengths = components.tokenizer.lengths([read_mark(text)[0] for text in distinct]) if distinct else []
     longest = components.tokenizer.context_length - 2
     fits = {text for text, length in zip(distinct, lengths, strict=True) if length <= longest}
     count = sum(map(len, lists.values()))
