@@ -111,7 +111,11 @@ class PixelEmbedding(nn.Module):
         step = 0
         while x.shape[1:3] != self.size:
             grown = tuple(min(2 * a, b) for a, b in zip(x.shape[1:3], self.size, strict=True))
-            x = jax.image.resize(x, (len(x), *grown, width), method="bilinear").astype(self.dtype)
+            if grown == (2 * x.shape[1], 2 * x.shape[2]):
+                # The convolution that follows smooths it; interpolation costs as much as that on CPU.
+                x = repeat(x, "b h w c -> b (h i) (w j) c", i=2, j=2)
+            else:
+                x = jax.image.resize(x, (len(x), *grown, width), method="bilinear").astype(self.dtype)
             if grown in by_size:
                 fine = LayerNorm(dtype=self.dtype, name=f"fine_norm_{step}")(by_size[grown])
                 x = x + Dense(width, names=("embed", None), dtype=self.dtype, name=f"fine_{step}")(fine)

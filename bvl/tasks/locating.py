@@ -21,6 +21,7 @@ from bvl.data.phrases import encode_phrases, read_mark
 from bvl.data.resample import to_original_pixels
 from bvl.data.transforms import Transformed, boxes_to_original
 from bvl.errors import ConfigError, UserError
+from bvl.losses.boxes import box_iou
 from bvl.mesh import replicated
 from bvl.metrics.boxes import non_maximum_suppression
 from bvl.metrics.presence import conformal_p_values
@@ -40,7 +41,7 @@ PHRASES_AT_ONCE = 8
 class Grounded:
     """Where the phrases of one image are.
 
-    boxes: the best box of each, fractions of the original image. scores: the model's probability that it is there.
+    boxes: the box of each, fractions of the original image. scores: the model's probability that it is there.
     p_values: how often a phrase that is not there scores as high, by the run's calibration; NaN without one.
     found: p_value <= alpha, or, without calibration, scores >= 0.5.
     """
@@ -332,9 +333,20 @@ def _ground(
             apply, tokens, phrases["tokens"], phrases["mask"], phrases["marks"]
         )
     found: Located = apply(tokens, levels, grid, vectors, words, phrases["mask"], method="ground")
-    best = found.scores.argmax(-1)[..., None, None]
-    boxes = jnp.take_along_axis(found.boxes, best, axis=2)[:, :, 0]
+    boxes = vote_box(found.boxes, found.scores)
     return jax.lax.with_sharding_constraint((boxes, found.presence, found.mask_logits), replicated(mesh))
+
+
+def vote_box(boxes: Float[Array, "*n q 4"], scores: Float[Array, "*n q"]) -> Float[Array, "*n 4"]:
+    """The best candidate's box, averaged by score with those that overlap it by half (Gidaris & Komodakis 2015, section 5).
+
+    scores: logits. Neighbouring candidates see the same thing, and the errors of their boxes cancel out in part.
+    """
+    best = jnp.take_along_axis(boxes, scores.argmax(-1)[..., None, None], axis=-2)
+    weights = jnp.where(box_iou(best, boxes)[..., 0, :] > 0.5, jax.nn.sigmoid(scores), 0.0)
+    # The best one itself counts even where its box has no area.
+    weights = jnp.maximum(weights, 1e-6 * (scores == scores.max(-1, keepdims=True)))
+    return jnp.einsum("...q,...qd->...d", weights, boxes) / weights.sum(-1, keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "model", "mesh"))
