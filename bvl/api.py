@@ -231,7 +231,7 @@ class Model:
             self.components,
             images,
             _region_lists(boxes=boxes, points=points, masks=masks, regions=regions),
-            options=decode_options(self.config, **search),
+            options=decode_options(self.config, of_regions=True, **search),
             guidance=guidance,
             guidance_null=guidance_null,
             language_model=None if language_model is None else _components(language_model),

@@ -220,7 +220,7 @@ class RegionDescriptions(Suite):
         )
 
     def _decoding(self, config: Config) -> Any:
-        return decode_options(config, beams=self.beams, max_length=self.max_length)
+        return decode_options(config, beams=self.beams, max_length=self.max_length, of_regions=True)
 
     def _write(
         self,
@@ -290,7 +290,8 @@ class RegionDescriptions(Suite):
                 controls = components.config.data.controls
                 # Of exact lengths the last one stands for more, and more cannot be asked for.
                 most = controls.length_values[-1] if isinstance(controls.lengths, int) else np.inf
-                asked = int(min(num_words(components.tokenizer.as_shown(references[0])), most))
+                tokenizer = components.config.data.regions.tokenizer(components.tokenizer)
+                asked = int(min(num_words(tokenizer.as_shown(references[0])), most))
             regions.append(_Region(i, prompt, picture.entries[i]["name"], references, asked))
         return regions
 

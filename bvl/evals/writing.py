@@ -24,9 +24,15 @@ from bvl.tasks.contrastive import embed_images, has_contrastive
 
 
 def decode_options(
-    config: Config, *, best_of: int = 1, max_length: int | None = None, **search: Any
+    config: Config,
+    *,
+    best_of: int = 1,
+    max_length: int | None = None,
+    of_regions: bool = False,
+    **search: Any,
 ) -> DecodeOptions:
-    """The options of a search that gives `best_of` candidates; max_length=None: as long as training texts can be.
+    """The options of a search that gives `best_of` candidates; max_length=None: as long as training texts can be, of
+    images or of regions.
 
     Candidates are independent samples at a temperature above 0, else the best of the beams. Raises ConfigError for
     what no search can use, and for texts longer than the run of `config` was trained on.
@@ -38,9 +44,10 @@ def decode_options(
             f"best_of={best_of} with beams={search.get('beams', 1)}: set beams as high, or a temperature above 0 for "
             "independent samples"
         )
-    max_length = longest_text(config) if max_length is None else max_length
+    if max_length is None:
+        max_length = longest_text(config, of_regions=of_regions)
     options = DecodeOptions(max_length=max_length, num_return=best_of, **search)
-    check_max_length(config, options)
+    check_max_length(config, options, of_regions=of_regions)
     return options
 
 

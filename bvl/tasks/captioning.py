@@ -55,18 +55,25 @@ def captioning_task_of(config: Config) -> Caption:
     )
 
 
-def longest_text(config: Config) -> int:
-    """The most tokens, END included, that a run's decoder is trained to write."""
+def longest_text(config: Config, *, of_regions: bool = False) -> int:
+    """The most tokens, END included, that a run's decoder is trained to write of images, or of regions."""
+    context = config.data.tokenizer.context_length
+    if of_regions:
+        context = config.data.regions.context_length or context
     # The start token of the context is no part of what is written.
-    return config.data.tokenizer.context_length - 1
+    return context - 1
 
 
-def check_max_length(config: Config, options: DecodeOptions, *, who: str = "this run") -> None:
+def check_max_length(
+    config: Config, options: DecodeOptions, *, who: str = "this run", of_regions: bool = False
+) -> None:
     """Raise ConfigError for texts longer than the run of `config` is trained on."""
-    if options.max_length > longest_text(config):
+    longest = longest_text(config, of_regions=of_regions)
+    if options.max_length > longest:
+        key = "data.regions" if of_regions and config.data.regions.context_length else "data.tokenizer"
         raise ConfigError(
-            f"max_length={options.max_length}: {who} was trained on texts of up to {longest_text(config)} tokens "
-            "(data.tokenizer.context_length)"
+            f"max_length={options.max_length}: {who} was trained on texts of up to {longest} tokens "
+            f"({key}.context_length)"
         )
 
 

@@ -122,7 +122,7 @@ def describe(
     images = images if isinstance(images, EncodedImages) else list(images)
     _check_batches(images, min(batch_size, image_batch_size))
     counts = _counts(images, regions)
-    check_max_length(components.config, options)
+    check_max_length(components.config, options, of_regions=True)
     if guidance_null not in ("image", "region", "both"):
         raise UserError(f"guidance_null={guidance_null!r}: choose image, region or both")
     check_language_model(components, language_model, options)
