@@ -5,6 +5,7 @@
 
 from bvl.data.phantoms.catalogue import (
     FINDING_MODALITY,
+    FINDING_NOUNS,
     FINDING_PROMPTS,
     FINDINGS,
     MODALITIES,
@@ -18,6 +19,7 @@ __all__ = [
     "FINDINGS",
     "FINDING_LEXICON",
     "FINDING_MODALITY",
+    "FINDING_NOUNS",
     "FINDING_PROMPTS",
     "MODALITIES",
     "MODALITY_PROMPTS",

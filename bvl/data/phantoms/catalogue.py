@@ -252,6 +252,11 @@ FINDINGS: dict[str, tuple[str, ...]] = {
     modality.name: tuple(finding.name for finding in modality.findings) for modality in _CATALOGUE
 }
 FINDING_OF: dict[str, Finding] = {finding.name: finding for m in _CATALOGUE for finding in m.findings}
+# What a single one is called, the name itself aside.
+FINDING_NOUNS: dict[str, tuple[str, ...]] = {
+    name: tuple(singular for singular, _ in finding.nouns if singular != name)
+    for name, finding in FINDING_OF.items()
+}
 FINDING_MODALITY: dict[str, str] = {name: modality for modality, names in FINDINGS.items() for name in names}
 
 MODALITY_PROMPTS: dict[str, tuple[str, ...]] = {
