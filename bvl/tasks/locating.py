@@ -30,7 +30,7 @@ from bvl.models.vlm import DualEncoder
 from bvl.runs import Components
 from bvl.tasks.contrastive import embed_texts, has_contrastive
 from bvl.tasks.detection import Detection
-from bvl.tasks.grounding import Grounding
+from bvl.tasks.grounding import Grounding, phrases_by_decoder
 from bvl.tasks.mosaic import Mosaic
 
 # Phrases of an image that are looked for at a time: one compiled program for any number.
