@@ -102,7 +102,7 @@ class BatchNormTower:
 
 class MeanColour(nn.Module):
     @nn.compact
-    def __call__(self, image, *, keys=None, levels=False):
+    def __call__(self, image, *, keys=None, levels=False, patches=False):
         pooled = image.mean((1, 2))
         mean = self.param("running_mean", nn.initializers.zeros, (3,))
         var = self.param("running_var", nn.initializers.ones, (3,))
