@@ -300,3 +300,14 @@ def test_the_asterisks_of_a_mark_take_no_room(components, images):
     length = components.tokenizer.lengths([word])[0]
     words = [word] * (longest // length)
     ground(components, images[:1], [" ".join([f"*{word}*", *words[1:]])], batch_size=BATCH)
+
+
+def test_boxes_of_candidates_that_agree_are_averaged():
+    boxes = np.array([[0, 0, 0.4, 0.4], [0.04, 0, 0.44, 0.4], [0.6, 0.6, 0.9, 0.9], [0.1, 0.1, 0.3, 0.3]])
+    scores = np.array([2.0, 0.0, 1.9, 1.0])
+    weights = 1 / (1 + np.exp(-scores[:2]))
+    found = jax.jit(locating.vote_box)(jnp.float32(boxes), jnp.float32(scores))
+    np.testing.assert_allclose(found, np.average(boxes[:2], axis=0, weights=weights), rtol=1e-5, atol=1e-6)
+    point = np.array([[0.5, 0.5, 0.5, 0.5], *boxes[1:]])
+    found = jax.jit(locating.vote_box)(jnp.float32(point), jnp.float32(scores))
+    np.testing.assert_allclose(found, point[0], rtol=1e-5, err_msg="without area it agrees with none")

@@ -59,7 +59,11 @@ def phantoms(split: str) -> Config:
     sides = {**told, "word_groups": {"side": ("left", "right")}}
     return _config(
         Source(phantoms=PHANTOMS, text=PHANTOM_TEXTS, cache=True),
-        tasks={"contrastive": Contrastive(), "region_caption": RegionCaption(), "grounding": Grounding()},
+        tasks={
+            "contrastive": Contrastive(),
+            "region_caption": RegionCaption(),
+            "grounding": Grounding(bce=4, dice=4),
+        },
         size=(64, 64),
         patch=8,
         mask_stride=2,
