@@ -84,8 +84,9 @@ class ObjectDetection(Suite):
         parts = read_pictures(record_set, indices, masks=masks, batch_size=batch_size, unreadable=unreadable)
         for pictures in parts:
             # Masks of many objects at the original size are large: a batch at a time.
-            for start in range(0, len(pictures), batch_size):
-                some = pictures[start : start + batch_size]
+            step = batch_size if masks else len(pictures)
+            for start in range(0, len(pictures), step):
+                some = pictures[start : start + step]
                 detected = detect(
                     components,
                     [picture.record["image"] for picture in some],
