@@ -17,7 +17,7 @@ from bvl.runs import RunFolder
 
 def print_table(metrics: Mapping[str, Any]) -> None:
     """One line a metric, with its 95 % interval and chance level where there is one."""
-    table = Table(Column("metric", no_wrap=True), "value", Column("95 % interval", no_wrap=True), "chance")
+    table = Table(*(Column(name, no_wrap=True) for name in ("metric", "value", "95 % interval", "chance")))
     for name, value in metrics.items():
         if not isinstance(value, int | float) or name.endswith("/chance"):
             continue
@@ -28,7 +28,7 @@ def print_table(metrics: Mapping[str, Any]) -> None:
             f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
             f"{chance:.4f}" if chance is not None else "",
         )
-    _console().print(table)
+    _console(max(map(len, metrics), default=0) + 60).print(table)
 
 
 def print_captions(per_example: Mapping[str, Sequence[Mapping[str, Any]]], *, count: int = 5) -> None:
@@ -53,6 +53,6 @@ def read_examples(run: RunFolder, suites: Sequence[str]) -> dict[str, list[dict[
     }
 
 
-def _console() -> Console:
-    # In a file or a pipe there is no width to keep to, and a cut name is no name.
-    return Console(width=None if sys.stdout.isatty() else 120)
+def _console(width: int = 120) -> Console:
+    # In a file or a pipe there is no width to keep to, and a cut name or number is none.
+    return Console(width=None if sys.stdout.isatty() else max(width, 120))

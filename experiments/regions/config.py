@@ -147,12 +147,12 @@ def dsb2018_nuclei(split: str) -> Config:
     return _config(
         source,
         tasks={"grounding": Grounding(l1=0, giou=0, score=0)},
-        size=(192, 192),
+        size=(256, 256),
         patch=16,
         mask_stride=2,
-        steps=700,
-        batch_size=12,
-        augment=Augment(crop_scale=(0.3, 1.0), brightness=0.2, contrast=0.2, **FLIPS),
+        steps=1000,
+        batch_size=8,
+        augment=Augment(crop_scale=(0.4, 1.0), brightness=0.2, contrast=0.2, **FLIPS),
         regions=Regions(max_objects=1, max_phrases=1, mask_stride=2),
         suites={
             "regions_dsb2018_nuclei/grounding": PhraseGrounding(
