@@ -165,13 +165,16 @@ def test_calibration_decides_what_is_found(components, images):
     np.testing.assert_array_equal(plain.found, plain.scores >= 0.5)
     logits = np.log(plain.scores / (1 - plain.scores)).astype(np.float64)
     middle = np.sort(logits)[1:3].mean()
-    run = dataclasses.replace(components, calibration={"negatives": [middle - 1e3] * 19 + [middle]})
+    calibration = {"negatives": [middle - 1e3] * 19 + [middle], "weights_hash": components.weights_hash()}
+    run = dataclasses.replace(components, calibration=calibration)
     (found,) = ground(run, images[:1], phrases, alpha=0.06, batch_size=BATCH)
     np.testing.assert_allclose(found.p_values, np.where(logits > middle, 1, 2) / 21, rtol=1e-5)
     np.testing.assert_array_equal(found.found, logits > middle)
     same(found, plain)
     (strict,) = ground(run, images[:1], phrases, alpha=0.04, batch_size=BATCH)
     assert not strict.found.any()
+    stale = dataclasses.replace(components, calibration={**calibration, "weights_hash": "other"})
+    assert np.isnan(ground(stale, images[:1], phrases, batch_size=BATCH)[0].p_values).all()
 
 
 def test_objects_by_name(components, images, monkeypatch):

@@ -114,7 +114,8 @@ def test_alpha_decides_by_the_calibration(model, images):
     scores = model.ground(images[:1], ["a nodule"], batch_size=2)[0].scores
     logit = np.log(scores[0] / (1 - scores[0]))
     negatives = [logit - 1] * 17 + [logit + 1] * 2
-    calibrated = Model(dataclasses.replace(model.components, calibration={"negatives": sorted(negatives)}))
+    calibration = {"negatives": sorted(negatives), "weights_hash": model.components.weights_hash()}
+    calibrated = Model(dataclasses.replace(model.components, calibration=calibration))
     for alpha, there in ((0.1, False), (0.16, True)):
         (found,) = calibrated.ground(images[:1], ["a nodule"], alpha=alpha, batch_size=2)
         np.testing.assert_allclose(found.p_values, [3 / 20])

@@ -51,6 +51,12 @@ def add_runs(verbs) -> None:
         help="texts of a record that retrieval reads, of the fields caption, alt_text, findings and impression "
         "in this order (default 1)",
     )
+    evaluate.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="calibrate what counts as found, on the phrases that these records are known not to show: writes "
+        "calibration.json into the run",
+    )
     decoding(evaluate, "guidance", "beams", "scorer")
     caption_suite(evaluate)
     reading(evaluate)
@@ -114,6 +120,7 @@ def _eval(args: argparse.Namespace) -> int:
         texts_per_image=args.texts_per_image,
         long_texts=args.long_texts,
         captions=decoding_given(args),
+        calibrate=args.calibrate,
     )
     run = RunFolder(args.run_folder)
     evaluation = evaluate(components, suites, batch_size=args.batch_size)

@@ -38,7 +38,7 @@ from bvl.metrics.detection import average_precision, match_detections
 from bvl.metrics.masks import dice, instances_of
 from bvl.metrics.presence import area_under_risk_coverage, conformal_p_values, false_found_rate_at
 from bvl.runs import Components
-from bvl.tasks.locating import LocatedImage, grounding_task_of, locate
+from bvl.tasks.locating import LocatedImage, calibrated_negatives, grounding_task_of, locate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,6 @@ class PhraseGrounding(Suite):
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | str]:
         """The metrics of presence; the calibration, and what it is to the numbers."""
         present, logit = np.array(found.column("present")), found.numbers("logit")
-        own = components.calibration or {}
         if not (~present).any():
             return None, "none: no phrase is known to be absent"
         right = present & (np.nan_to_num(found.numbers("iou")) >= 0.5)
@@ -191,7 +190,11 @@ class PhraseGrounding(Suite):
         held = np.array([self.calibrate == "all" or is_held_out(str(group)) for group in scores.groups])
         calibration = None
         if self.calibrate == "none":
-            negatives, judged, note = np.array(own.get("negatives", [])), np.ones(len(logit), bool), "none"
+            negatives, judged, note = (
+                np.array(calibrated_negatives(components) or []),
+                np.ones(len(logit), bool),
+                "none",
+            )
             if len(negatives):
                 note = {"of": "the run", "alpha": self.alpha, "num_negatives": len(negatives)}
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from bvl.tasks.contrastive import embed_texts, has_contrastive
 from bvl.tasks.detection import Detection
 from bvl.tasks.grounding import Grounding, phrases_by_decoder
 from bvl.tasks.mosaic import Mosaic
+
+logger = logging.getLogger(__name__)
 
 # Phrases of an image that are looked for at a time: one compiled program for any number.
 PHRASES_AT_ONCE = 8
@@ -121,7 +124,7 @@ def ground(
     """
     if not 0 < alpha < 1:
         raise UserError(f"alpha={alpha}: the share of absent phrases that may be found must lie in 0..1")
-    negatives = (components.calibration or {}).get("negatives")
+    negatives = calibrated_negatives(components)
     out = []
     for located in locate(components, images, phrases, batch_size=batch_size):
         scores = np.asarray(jax.nn.sigmoid(located.presence), np.float32)
@@ -132,6 +135,20 @@ def ground(
             p_values, found = np.full(len(scores), np.nan, np.float32), scores >= 0.5
         out.append(Grounded(located.boxes, scores, p_values, found))
     return out
+
+
+def calibrated_negatives(components: Components) -> list[float] | None:
+    """Presence logits of the run's calibration, where it is of these weights."""
+    calibration = components.calibration
+    if calibration is None:
+        return None
+    if calibration.get("weights_hash") != components.weights_hash():
+        logger.warning(
+            "calibration.json is of other weights than these, so it is not used: calibrate again with "
+            "`bvl eval RUN --data DIR --calibrate`"
+        )
+        return None
+    return calibration["negatives"]
 
 
 def segment(
