@@ -150,7 +150,7 @@ def dsb2018_nuclei(split: str) -> Config:
         size=(256, 256),
         patch=16,
         mask_stride=2,
-        steps=1000,
+        steps=800,
         batch_size=8,
         augment=Augment(crop_scale=(0.4, 1.0), brightness=0.2, contrast=0.2, **FLIPS),
         regions=Regions(max_objects=1, max_phrases=1, mask_stride=2),
