@@ -113,7 +113,7 @@ def test_loss_against_loops(smoothing):
 
 def test_images_and_regions_are_dropped_independently():
     batch, model, image, region = a_batch(), Recorder(), [], []
-    task = RegionCaption(image_dropout=0.3, region_dropout=0.4)
+    task = RegionCaption(image_dropout=0.3, region_dropout=0.4, both_dropout=0.0)
     for seed in range(150):
         task.loss(context(batch, model, seed))
         assert model.image_dropped[2] and model.region_dropped[4:].all(), "absent"
@@ -124,8 +124,18 @@ def test_images_and_regions_are_dropped_independently():
     assert region.mean() == pytest.approx(0.4, abs=0.1)
     assert region[image].mean() == pytest.approx(0.4, abs=0.15), "whatever became of the image"
     assert (region[..., 0] != region[..., 1]).any()
-    RegionCaption(image_dropout=0.0, region_dropout=0.0).loss(context(batch, model))
+    RegionCaption(image_dropout=0.0, region_dropout=0.0, both_dropout=0.0).loss(context(batch, model))
     assert model.image_dropped.sum() == 1 and model.region_dropped.sum() == 2
+
+
+def test_an_image_may_be_dropped_with_all_its_regions():
+    batch, model, dropped = a_batch(), Recorder(), []
+    task = RegionCaption(image_dropout=0.0, region_dropout=0.0, both_dropout=0.4)
+    for seed in range(150):
+        task.loss(context(batch, model, seed))
+        dropped.append(model.image_dropped[:2])
+        np.testing.assert_array_equal(model.region_dropped, np.repeat(model.image_dropped, REGIONS))
+    assert np.mean(dropped) == pytest.approx(0.4, abs=0.1)
 
 
 def test_a_mask_becomes_the_fourth_channel_of_its_image():
@@ -173,7 +183,7 @@ def test_the_gradient_reaches_every_parameter_that_regions_pass():
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
     batch = {**a_batch(), "image_valid": jnp.ones(IMAGES, bool)}
-    task = RegionCaption(image_dropout=1.0, region_dropout=0.3)
+    task = RegionCaption(image_dropout=1.0, region_dropout=0.3, both_dropout=0.0)
 
     @jax.jit
     @jax.grad

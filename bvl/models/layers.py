@@ -42,6 +42,21 @@ def l2_normalize(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
 
 
+@jax.custom_vjp
+def at_most(x: Float[Array, "*n"], limit: float) -> Float[Array, "*n"]:
+    """min(x, limit), whose gradient descent can come back from the limit: only steps further up are cut off."""
+    return jnp.minimum(x, limit)
+
+
+def _at_most_backward(saved, cotangent):
+    x, limit = saved
+    # Descent goes against the gradient, so a positive one leads down.
+    return jnp.where((x < limit) | (cotangent > 0), cotangent, 0.0), None
+
+
+at_most.defvjp(lambda x, limit: (jnp.minimum(x, limit), (x, limit)), _at_most_backward)
+
+
 def zeros_init(*names: str | None) -> Callable[..., Any]:
     return nn.with_partitioning(nn.initializers.zeros_init(), names)
 

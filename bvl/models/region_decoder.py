@@ -20,11 +20,15 @@ from bvl.models.layers import (
     Dense,
     LayerNorm,
     Mlp,
+    at_most,
     constant_init,
     gelu,
     l2_normalize,
     normal_init,
 )
+
+# Of the logits of names; CLIP's limit (Radford et al. 2021, section 2.5).
+MAX_SCALE = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,8 @@ class RegionDecoderConfig:
     phrases: what stands for a phrase: "text", the text tower's vector; "decoder", the text decoder's hidden state at
       the phrase's marked word, with the image in view (LISA: Lai et al. 2023, arXiv:2308.00692, section 3.2).
     depth: two-way blocks. mask_stride: image pixels to a pixel of the masks, along each side.
-    pixel_width: channels of the pixel embeddings. reads_levels: the tower's finer feature maps join the up-sampling.
+    pixel_width: channels of the pixel embeddings. reads_levels: the tower's feature maps that are finer than its patches
+      join the up-sampling; ResNets, hybrids and ViTs with stem="conv" have such.
     instance_masks: detection gives a mask for every candidate as well.
     """
 
@@ -153,7 +158,8 @@ class RegionDecoder(nn.Module):
             TwoWayBlock(config.num_heads, dtype=self.dtype, name=f"block_{i}") for i in range(config.depth)
         ]
         self.query_norm, self.candidate_norm = norm(), norm()
-        self.box_hidden, self.box_out = dense(width), dense(4)
+        # In f32: eight bits of a coordinate are not enough.
+        self.box_hidden, self.box_out = dense(width), Dense(4, names=("embed", None), dtype=jnp.float32)
         self.score_candidate, self.score_query = dense(width), dense(width)
         self.mask_query, self.mask_patch = dense(config.pixel_width + 1), dense(width)
         self.presence_hidden, self.presence_out = dense(width), dense(1)
@@ -250,7 +256,7 @@ class RegionDecoder(nn.Module):
     ) -> Float[Array, "b q n"]:
         """How well each candidate fits each name, both of unit norm: scale * cosine + bias."""
         cosine = jnp.einsum("bqe,bne->bqn", embed, names, preferred_element_type=jnp.float32)
-        return jnp.exp(self.log_scale) * cosine + self.bias
+        return jnp.exp(at_most(self.log_scale, np.log(MAX_SCALE))) * cosine + self.bias
 
     def _image(self, tokens, levels, grid) -> tuple[Float[Array, "b l d"], Float[Array, "b h w c"]]:
         """(patches at this width, pixel embeddings), from the tower's tokens and finer maps."""
@@ -276,7 +282,7 @@ class RegionDecoder(nn.Module):
 
     def _boxes(self, candidates: Float[Array, "n q d"], grid: tuple[int, int]) -> Float[Array, "n q 4"]:
         """[x0, y0, x1, y1] from centre and size, which for patches are predicted relative to the patch's."""
-        raw = self.box_out(gelu(self.box_hidden(candidates))).astype(jnp.float32)
+        raw = self.box_out(gelu(self.box_hidden(candidates)))
         if self.config.queries == "patches":
             rows, cols = grid
             y, x = np.meshgrid((np.arange(rows) + 0.5) / rows, (np.arange(cols) + 0.5) / cols, indexing="ij")

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int8
 from bvl.errors import ConfigError
 from bvl.models.features import RegionPrompts
 from bvl.models.layers import Block, Dense, LayerNorm, gelu, normal_init, zeros_init
-from bvl.models.roi_align import mask_coverage, region_mean, roi_align
+from bvl.models.roi_align import box_coverage, mask_coverage, region_mean, roi_align
 
 NUM_KINDS = 3
 # Waves of 1, 2, 4, ... half periods over the image: the last one tells apart a 64th of its side.
@@ -32,14 +32,14 @@ class RegionEncoderConfig:
       mask they count by how much of them it covers; a point stands for a square around it.
       "mask_embedding": a learned vector, zero at first, is added to the image's tokens by how much of each the region
       covers, a transformer block follows, and the region's token is their mean over the region; free-form masks keep
-      their form. Costs a block over all tokens for each region.
+      their form, and a point stands for a square around it. Costs a block over all tokens for each region.
       "mask_channel": the image tower encodes the image once more for each region, with its mask as fourth channel
       (FINECAPTION: Hua et al. 2024, arXiv:2411.15411); all tokens of it become the region's. Regions of an image
       then share no encoding. Needs model.image.mask_channel=True.
     levels: feature maps that "roi_align" reads, by their number in the tower's `ImageFeatures.levels` (negative from
       the end); () = the tower's tokens alone.
     output_size: cells of RoIAlign along each side. sampling_ratio: points a cell along each side.
-    point_extent: side of the square around a point, as a share of the image's.
+    point_extent: side of the square around a point, as a share of the image's ("roi_align", "mask_embedding").
     """
 
     kind: Literal["box_token", "roi_align", "mask_embedding", "mask_channel"] = "roi_align"
@@ -124,31 +124,32 @@ class RegionEncoder(nn.Module):
             maps += [levels[i] for i in config.levels]
         boxes = point_squares(prompts, config.point_extent)
         # Boxes and points have all of their square; a mask has what it covers.
-        covered = roi_align(
-            rearrange(prompts.mask, "b r h w -> b h w r").astype(jnp.float32),
-            boxes,
+        own = roi_align(
+            rearrange(prompts.mask, "b r h w -> (b r) h w 1").astype(jnp.float32),
+            rearrange(boxes, "b r c -> (b r) 1 c"),
             output_size=size,
             sampling_ratio=ratio,
         )
-        own = jnp.einsum("brijr->brij", covered)
+        own = rearrange(own, "(b r) 1 i j 1 -> b r i j", r=boxes.shape[1])
         weights = jnp.where((prompts.kind == 2)[..., None, None], own, 1.0)
         weights = weights / jnp.maximum(weights.sum((2, 3), keepdims=True), 1e-6)
         cells = self.param("cells", normal_init(0.02, None, None, "embed"), (*size, config.width))
-        total = jnp.zeros(())
+        total = cells.astype(self.dtype)
         for i, features in enumerate(maps):
             aligned = roi_align(features, boxes, output_size=size, sampling_ratio=ratio)
             aligned = LayerNorm(dtype=self.dtype, name=f"level_{i}_norm")(aligned)
-            total = total + Dense(config.width, names=("embed", None), dtype=self.dtype, name=f"level_{i}")(
-                aligned
-            )
-        total = gelu(total + cells.astype(self.dtype))
+            project = Dense(config.width, names=("embed", None), dtype=self.dtype, name=f"level_{i}")
+            total = total + project(aligned)
+        total = gelu(total)
         mean = jnp.einsum("brij,brijd->brd", weights, total.astype(jnp.float32)).astype(self.dtype)
         return Dense(config.width, names=("embed", None), dtype=self.dtype, name="features")(mean)
 
     def _masked(self, tokens, grid, prompts: RegionPrompts) -> Float[Array, "b r d"]:
         """The mean over the region of the image's tokens, once they know of the region."""
         config = self.config
-        covered = rearrange(mask_coverage(prompts.mask, grid), "b r h w -> b r (h w)")
+        squares = box_coverage(point_squares(prompts, config.point_extent), grid)
+        covered = jnp.where((prompts.kind == 1)[..., None, None], squares, mask_coverage(prompts.mask, grid))
+        covered = rearrange(covered, "b r h w -> b r (h w)")
         mark = self.param("mask", zeros_init("embed"), (tokens.shape[-1],)).astype(self.dtype)
         x = tokens[:, None] + covered[..., None].astype(self.dtype) * mark
         count = x.shape[1]

@@ -50,14 +50,15 @@ class ViTConfig:
 
     stem: "patch" embeds each patch by one linear map; "conv" by small strided convolutions, which learn from far
       fewer images (the patch size must then be a power of two). patch_bias: of that linear map.
-    pool: "cls" reads a class token, "mean" averages the patches, "map" attends to them with a learned query.
+    pool: "cls" reads a class token, "mean" averages the patches, "map" attends to them with a learned query. Patch
+      embeddings for heat maps mean most with "mean"; with "cls" only `Mosaic` trains them.
     pre_norm: one layer norm between embedding and blocks. qk_norm: layer norm of queries and keys.
     layer_scale: initial factor of the residual branches. registers: learned tokens beside the patches that no
       output reads (Darcet et al. 2024, arXiv:2309.16588).
     patch_dropout: share of the patches left out of each training image (Li et al. 2023, arXiv:2212.00794);
-      mask_channel: a fourth channel of the image, a mask of the region that is meant, is embedded beside the pixels by a
+      dropout: of the embedding and the residual branches; drop_path: stochastic depth, the rate of the last block.
+    mask_channel: a fourth channel of the image, a mask of the region that is meant, is embedded beside the pixels by a
       map that is zero at first (Hua et al. 2024, arXiv:2411.15411); without it the image is read as ever.
-    dropout: of the embedding and the residual branches; drop_path: stochastic depth, the rate of the last block.
     levels: blocks whose outputs are in `ImageFeatures.levels`, None = four evenly spaced ones.
 
     OpenAI's CLIP: pool="cls", pre_norm=True, patch_bias=False, activation="quick_gelu".

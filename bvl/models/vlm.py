@@ -18,7 +18,7 @@ from bvl.models.decoder import Decoder, DecoderCache, DecoderConfig, DecoderCont
 from bvl.models.dropout import RowKeys
 from bvl.models.features import ImageFeatures, Located, RegionPrompts, TextFeatures
 from bvl.models.hybrid import HybridConfig
-from bvl.models.layers import Dense, gelu, l2_normalize
+from bvl.models.layers import Dense, at_most, gelu, l2_normalize
 from bvl.models.region_decoder import RegionDecoder, RegionDecoderConfig
 from bvl.models.region_encoder import RegionEncoder, RegionEncoderConfig
 from bvl.models.resnet import ResNetConfig
@@ -203,7 +203,7 @@ class DualEncoder(nn.Module):
 
     def logit_scale_and_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """(scale, bias) of the logits; the bias is 0 where the config has none."""
-        scale = jnp.exp(_at_most(self.log_scale, math.log(self.config.max_scale)))
+        scale = jnp.exp(at_most(self.log_scale, math.log(self.config.max_scale)))
         return scale, self.bias if self.config.init_bias is not None else jnp.zeros(())
 
     def visual_tokens(
@@ -330,21 +330,6 @@ def _only(features: Any, need: frozenset[str]) -> Any:
     arrays = {"embed", "pooled", "tokens", "levels", "patches", "patch_embed", "mask"}
     names = arrays & features.__dataclass_fields__.keys()
     return features.replace(**{name: None for name in names - need})
-
-
-@jax.custom_vjp
-def _at_most(x: Float[Array, ""], limit: float) -> Float[Array, ""]:
-    """min(x, limit), whose gradient descent can come back from the limit: only steps further up are cut off."""
-    return jnp.minimum(x, limit)
-
-
-def _at_most_backward(saved, cotangent):
-    x, limit = saved
-    # Descent goes against the gradient, so a positive one leads down.
-    return jnp.where((x < limit) | (cotangent > 0), cotangent, 0.0), None
-
-
-_at_most.defvjp(lambda x, limit: (jnp.minimum(x, limit), (x, limit)), _at_most_backward)
 
 
 def normalize_image(

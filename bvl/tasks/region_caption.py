@@ -31,19 +31,21 @@ class RegionCaption(Task):
     encoding.
 
     image_dropout: share of images, region_dropout: share of regions of which the decoder sees the learned null instead,
-      independently of each other, which guidance needs (see `Caption`).
+      which guidance needs (see `Caption`); both_dropout: share of images that are dropped together with their regions.
+      The three are drawn independently of each other.
     label_smoothing: this share of the target's probability is spread evenly over the vocabulary.
     mask_channel: encode the image anew with the mask of each region, for a region encoder of kind "mask_channel".
     """
 
     image_dropout: float = 0.1
     region_dropout: float = 0.1
+    both_dropout: float = 0.05
     label_smoothing: float = 0.0
     mask_channel: bool = False
     per_example: ClassVar[bool] = True
 
     def __post_init__(self):
-        for name in ("image_dropout", "region_dropout"):
+        for name in ("image_dropout", "region_dropout", "both_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must lie in 0..1")
         if not 0 <= self.label_smoothing < 1:
@@ -96,9 +98,10 @@ class RegionCaption(Task):
         batch, image = ctx.batch, ctx.features["image"]
         num_regions = batch["region_valid"].shape[1]
         absent = ~batch["image_valid"]
-        image_dropped = absent | drawn(fold(ctx.keys, 0), self.image_dropout)
+        nothing = absent | drawn(fold(ctx.keys, 3), self.both_dropout)
+        image_dropped = nothing | drawn(fold(ctx.keys, 0), self.image_dropout)
         region_keys = keys_of_parts(fold(ctx.keys, 2), num_regions)
-        region_dropped = jnp.repeat(absent, num_regions) | drawn(region_keys, self.region_dropout)
+        region_dropped = jnp.repeat(nothing, num_regions) | drawn(region_keys, self.region_dropout)
         prompts = RegionPrompts(*(batch[f"region_{name}"] for name in ("box", "point", "mask", "kind")))
         tokens = ctx.features[MASKED].tokens if self.mask_channel else image.tokens
         visual, visual_mask = behind_images(

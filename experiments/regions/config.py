@@ -193,7 +193,7 @@ def _from_pairs(split: str, tasks: dict[str, Task]) -> Config:
         tasks=tasks,
         size=(64, 64),
         patch=8,
-        steps=800,
+        steps=600,
         batch_size=64,
         context=28,
         suites={"regions_phantoms/heat_maps": HeatMapPointing(source=held_out, phrases="name")},

@@ -1,8 +1,7 @@
-"""What the models of the experiments on regions predict, beside the truth, and Otsu's threshold for comparison."""
+"""What the models of the experiments on regions predict, beside the truth."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ from PIL import Image
 
 import bvl
 from bvl.data.drawing import draw_regions, side_by_side
-from bvl.data.images import open_image
 from bvl.data.sources import RecordSet, Source
 from bvl.metrics.boxes import pairwise_iou
 from bvl.metrics.masks import dice
@@ -21,15 +19,9 @@ NUM_CANDIDATES = 100
 FULL_LENGTH = 7
 
 
-def held_out(source: Source, split: str, root: str | None) -> RecordSet:
-    """The records of a split of a training source."""
-    placed = source if root is None else source.at_root(root)
-    return RecordSet(dataclasses.replace(placed, split=split))
-
-
-def draw_set(name: str, run: Path, source: Source, split: str, root: str | None, out: Path) -> None:
+def draw_set(name: str, run: Path, source: Source, out: Path) -> None:
     """Twelve held-out images, truth on the left and prediction on the right: the six best and the six worst."""
-    model, records = bvl.load(run), held_out(source, split, root)
+    model, records = bvl.load(run), RecordSet(source)
     loaded = [records.load(i, mask=True) for i in range(min(len(records), NUM_CANDIDATES))]
     loaded = [record for record in loaded if record.get("boxes")]
     pairs = sorted(_PREDICT[name](model, loaded), key=lambda pair: -pair[0])
@@ -90,11 +82,10 @@ def _covid_cxr(model: bvl.Model, records: list[dict]) -> list[tuple]:
     out = []
     for record, one in zip(records, model.ground([r["image"] for r in records], phrases), strict=True):
         true = {b["name"]: b["box"] for b in record["boxes"]}
-        ious = [_best_iou(box, [true[n]]) for box, n in zip(one.boxes, phrases, strict=True) if n in true]
-        texts = [f"{n}, IoU {iou:.2f}" for n, iou in zip(phrases, ious, strict=False)]
-        out.append(
-            (np.mean(ious), _truth(record), draw_regions(record["image"], boxes=one.boxes, texts=texts))
-        )
+        ious = {n: _best_iou(box, [true[n]]) for box, n in zip(one.boxes, phrases, strict=True) if n in true}
+        texts = [f"{n}, IoU {ious[n]:.2f}" if n in ious else n for n in phrases]
+        drawn = draw_regions(record["image"], boxes=one.boxes, texts=texts)
+        out.append((np.mean(list(ious.values())), _truth(record), drawn))
     return out
 
 
@@ -131,20 +122,3 @@ def _best_iou(box: np.ndarray, true: list[list[float]]) -> float:
 
 
 _PREDICT = {"phantoms": _phantoms, "covid_cxr": _covid_cxr, "bccd": _bccd, "dsb2018_nuclei": _nuclei}
-
-
-def otsu_dice(records: RecordSet) -> list[float]:
-    """Dice of Otsu's threshold (1979) for each image: the brighter side in fluorescence, else the darker one."""
-    out = []
-    for i in range(len(records)):
-        record = records.load(i, mask=True)
-        grey = np.asarray(open_image(record["image"]).convert("L"))
-        counts = np.bincount(grey.ravel(), minlength=256).astype(np.float64)
-        below, total = np.cumsum(counts), counts.sum()
-        sums = np.cumsum(counts * np.arange(256))
-        means = sums / np.maximum(below, 1), (sums[-1] - sums) / np.maximum(total - below, 1)
-        threshold = np.argmax(below * (total - below) * (means[0] - means[1]) ** 2)
-        bright = grey > threshold
-        fluorescent = "fluorescence" in record.get("modality", "")
-        out.append(dice(bright if fluorescent else ~bright, record["mask"] > 0))
-    return out
