@@ -16,7 +16,7 @@ from bvl.data.geometry import Rectangle, clip_boxes
 from bvl.data.manifests import shorten
 from bvl.data.records import BOX_TOLERANCE, box_problem
 from bvl.data.regions import KINDS, Prompt, stack_prompts
-from bvl.data.transforms import Transformed, _sample_mask
+from bvl.data.transforms import Transformed, sample_mask
 from bvl.errors import UserError
 
 BoxesLike = Sequence[Sequence[float]] | Float[np.ndarray, "n 4"]
@@ -199,7 +199,7 @@ def _seen_mask(
     """The mask in the model's image, as training samples it; something of it is left if any pixel is in view."""
     size = transformed.image.shape[:2]
     window = _window(transformed)
-    seen = _sample_mask(mask, transformed.to_original, window, size, mask)
+    seen = sample_mask(mask, transformed.to_original, window, size, mask)
     if not seen.any():
         # Finer than the model's pixels, or out of view.
         rows, columns = np.nonzero(mask)

@@ -217,7 +217,7 @@ def apply(
         boxes, box_valid = clip_boxes(forward.boxes(boxes), window, minimum_visible=MINIMUM_VISIBLE)
     to_original = forward.inverse()
     if mask is not None:
-        mask = _sample_mask(mask, to_original, window, (height, width), image)
+        mask = sample_mask(mask, to_original, window, (height, width), image)
     # Grey images stay single-channel up to here: a third of the work for the same values.
     pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     if augment is not None and augment.erase and rng.random() < augment.erase:
@@ -321,14 +321,18 @@ def _jitter(picture: Image.Image, augment: Augment, rng: np.random.Generator) ->
     return picture.point(table * len(picture.getbands()))
 
 
-def _sample_mask(
+def sample_mask(
     mask: Int[np.ndarray, "h w"],
     to_original: AxisAlignedMap,
     window: Rectangle,
     height_width: tuple[int, int],
     image: np.ndarray | Image.Image,
 ) -> Int[np.ndarray, "H W"]:
-    """Takes for each output pixel the id under its centre: nearest sampling through the one geometric map."""
+    """Takes for each output pixel the id under its centre: nearest sampling through the one geometric map.
+
+    window: the part of the output that shows the image; beyond it ids are 0. Raises DataError for a mask of another
+    shape than the image's.
+    """
     source_height, source_width = mask.shape
     image_width, image_height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
     # One pixel of rounding on each side is what a mask saved at another resolution may be off.
