@@ -216,7 +216,7 @@ def test_a_random_part_of_more_boxes_than_rows(folder):
         assert row["region_valid"].all() and row["object_valid"].all()
         seen.update(pipeline.tokenizer.decode(t) for t in row["region_text"])
     assert len(seen) == 4
-    assert "6 have more than 3 objects, of which a random part is shown" in pipeline.summary()[0]
+    assert "6 have more than 3 objects: they teach no detection" in pipeline.summary()[0]
     assert "more than" not in make(source(folder)).summary()[0]
 
 
@@ -361,6 +361,29 @@ def test_pixels_of_a_phrase_count_objects_beyond_the_room(folder):
             np.testing.assert_array_equal(row["phrase_pixels"][p], expected)
 
 
+def test_objects_without_room_are_not_taken_for_background(folder):
+    """Of the images with as many objects as there is room for nothing changes."""
+    options = {"keys": PHRASE_KEYS, "augment": Augment()}
+    room = make(source(folder), regions=Regions(max_objects=4, max_phrases=4, phrases="texts"), **options)
+    crowded = make(source(folder), regions=Regions(max_objects=3, max_phrases=4, phrases="texts"), **options)
+    assert all(row["object_known"] for row in rows_of(batches(room, 0, 3)))
+    boxed = {True: 0, False: 0}
+    for row in rows_of(batches(crowded, 0, 3)):
+        assert not row["object_known"] and row["object_valid"].all()
+        entries = crowded.sets[0].describe(int(row["record"]))["boxes"]
+        true = np.array([entry["box"] for entry in entries])
+        kept = {int(np.abs(true - box).sum(1).argmin()) for box in row["object_box"]}
+        assert row["phrase_present"].any()
+        for p in np.flatnonzero(row["phrase_present"]):
+            phrase = crowded.tokenizer.decode(row["phrase"][p])
+            members = {i for i, entry in enumerate(entries) if phrase in entry["texts"]}
+            count = len(members) if members <= kept else 0
+            assert row["phrase_object"][p].sum() == count
+            assert row["phrase_valid"][p] and row["phrase_pixels_valid"][p]
+            boxed[count > 0] += 1
+    assert min(boxed.values()) > 5, boxed
+
+
 def test_phantoms_share_their_phrases():
     regions = Regions(text="texts", phrases="texts", absent=0.5, max_phrases=6)
     phantoms = Phantoms(num_patients=60, image_size=64)
@@ -426,11 +449,14 @@ def test_complete_boxes_make_other_names_absent(tmp_path):
         entry["name"] = "other thing"
     root = write(tmp_path / "set", drawn)
     options = {"keys": PHRASE_KEYS, "augment": Augment()}
+    silent = make(source(root), **options)
     assert all(
-        not row["phrase_valid"][~row["phrase_present"]].any()
-        for row in rows_of(batches(make(source(root), **options), 0, 2))
+        not row["phrase_valid"][~row["phrase_present"]].any() for row in rows_of(batches(silent, 0, 2))
     )
+    assert silent.summary()[1].startswith("no phrase is known to be absent anywhere")
+    assert len(make(source(root), keys=PROMPT_KEYS).summary()) == 1
     complete = make(source(root, boxes_complete=True), **options)
+    assert len(complete.summary()) == 1
     absent = {
         complete.tokenizer.decode(t)
         for row in rows_of(batches(complete, 0, 4))

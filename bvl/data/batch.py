@@ -21,10 +21,12 @@ of the image as the batch has it; (h, w) = image size // data.regions.mask_strid
 
 Objects and phrases that name them (bvl/data/phrases.py; M = max_objects, N = max_phrases):
     object_box f32 [M, 4]     object_valid bool [M]     object_mask bool [M, h, w]     object_mask_valid bool [M]
-    object_known bool: False where the record does not say what objects it shows
+    object_known bool: False where the record does not say what objects it shows, or M have no room for those in view
     phrase i32 [N, T]     phrase_mask bool [N, T]     phrase_valid bool [N]     phrase_id u32 [N]: as text_id
-    phrase_present bool [N]     phrase_known bool [N]: False where it is not known whether it is there
-    phrase_object bool [N, M]: the objects it names     phrase_mark i32 [N]: the last token of its marked word
+    phrase_present bool [N]     phrase_known bool [N]: whether phrase_present can be believed; as phrase_valid here, for
+    records say it of every phrase that is drawn (other builders of batches may know of boxes alone)
+    phrase_object bool [N, M]: the objects it names, none where one of them is not among the M
+    phrase_mark i32 [N]: the last token of its marked word
     phrase_pixels bool [N, h, w]: what it names, objects beyond M as well     phrase_pixels_valid bool [N]
 """
 

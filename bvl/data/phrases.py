@@ -117,20 +117,22 @@ class PhraseSampler:
         rng: np.random.Generator,
     ) -> dict[str, np.ndarray]:
         """The keys "object_..." and "phrase..." of one image; None for `visible` where there is none."""
+        seen: list[int] = []
         kept: list[int] = []
         if visible is not None:
-            members = np.flatnonzero(visible.valid)
-            kept = np.sort(rng.permutation(members)[: self.regions.max_objects]).tolist()
+            seen = np.flatnonzero(visible.valid).tolist()
+            kept = np.sort(rng.permutation(seen)[: self.regions.max_objects]).astype(int).tolist()
         out = self._objects(visible, kept)
         says = record.get("boxes") is not None or bool(record.get("mask_name")) or bool(bank.complete)
-        out["object_known"] = np.bool_(visible is not None and says)
+        # An object that had no room would be taken for background.
+        out["object_known"] = np.bool_(visible is not None and says and len(kept) == len(seen))
         phrases: list[_Phrase] = []
         called: list[set[int]] = []
         if visible is not None:
             called = [{text_id(t) for t in entry_phrases(entry, self._choice)} for entry in visible.entries]
             there = set().union(*called)
-            phrases = self._phrases(bank.absent(record), visible, kept, rng, there=there)
-        return out | self._encode(phrases, visible, kept, called)
+            phrases = self._phrases(bank.absent(record), visible, seen, rng, there=there)
+        return out | self._encode(phrases, visible, seen, kept, called)
 
     def _objects(self, visible: Visible | None, kept: list[int]) -> dict[str, np.ndarray]:
         rows = self.regions.max_objects
@@ -153,15 +155,15 @@ class PhraseSampler:
         self,
         missing: list[list[Mapping[str, Any]]],
         visible: Visible,
-        kept: list[int],
+        seen: list[int],
         rng: np.random.Generator,
         *,
         there: set[int],
     ) -> list[_Phrase]:
-        """Of what is there in the objects kept, so that every phrase that is present has one; then of what is not."""
+        """Of the entries that are in view; then of what is not there."""
         slots = self.regions.max_phrases
         pools: dict[int, list[Mapping[str, Any]]] = {}
-        for i in kept:
+        for i in seen:
             if self._choice.offers(visible.entries[i]):
                 pools.setdefault(text_id(visible.entries[i]["name"]), []).append(visible.entries[i])
         missing = missing if self.regions.absent else []
@@ -192,9 +194,15 @@ class PhraseSampler:
         return list(picked.values())
 
     def _encode(
-        self, phrases: list[_Phrase], visible: Visible | None, kept: list[int], called: list[set[int]]
+        self,
+        phrases: list[_Phrase],
+        visible: Visible | None,
+        seen: list[int],
+        kept: list[int],
+        called: list[set[int]],
     ) -> dict[str, np.ndarray]:
         slots, grid = self.regions.max_phrases, self.grid
+        dropped = set(seen) - set(kept)
         texts = [phrase.text for phrase in phrases] + [""] * (slots - len(phrases))
         ids, mask, mark = encode_phrases(self.tokenizer, texts)
         keys = [text_id(read_mark(text)[0]) for text in texts]
@@ -204,7 +212,9 @@ class PhraseSampler:
             if not phrase.present:
                 continue
             members = [i for i, names in enumerate(called) if keys[row] in names]
-            named[row, : len(kept)] = [i in members for i in kept]
+            # Boxes of some of its objects would teach that the others are none.
+            if dropped.isdisjoint(members):
+                named[row, : len(kept)] = [i in members for i in kept]
             shown = visible.mask(members)
             if shown is not None:
                 pixels[row], pixels_valid[row] = mask_cells(shown, grid), True

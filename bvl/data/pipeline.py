@@ -20,7 +20,7 @@ import numpy as np
 
 from bvl.data.batch import REGION_NEEDS, Need, needs_of
 from bvl.data.controls import Controls
-from bvl.data.phrases import PhraseSampler
+from bvl.data.phrases import PhraseSampler, known_absent
 from bvl.data.regions import PromptSampler, Regions, Visible, entry_boxes, region_entries
 from bvl.data.sampler import Sampler, weight_at
 from bvl.data.sources import RecordSet, Source
@@ -194,14 +194,27 @@ class Pipeline:
                 more = sum(len(region_entries(record_set.describe(int(i)))) > room for i in index)
                 if more:
                     notes += (
-                        f"; {more} have more than {room} objects, of which a random part is shown "
-                        f"(data.regions.max_objects)"
+                        f"; {more} have more than {room} objects: they teach no detection, and no boxes of phrases "
+                        f"that name what is beyond; raise data.regions.max_objects"
                     )
             lines.append(
                 f"source {record_set.name}: {len(index)} of {len(record_set)} records{why}, share {shares}{balanced}"
                 f"{notes}"
             )
+        if Need.PHRASES in self.needs and not self._tells_absence():
+            lines.append(
+                "no phrase is known to be absent anywhere: presence cannot be learned, and every phrase will be found; "
+                "set boxes_complete=True on sources that box every object, or give records labels_known"
+            )
         return lines + self._control_notes
+
+    def _tells_absence(self) -> bool:
+        """Whether some record is known not to show some name."""
+        return any(
+            known_absent(record_set.describe(int(i)), bank.complete)
+            for record_set, index, bank in zip(self.sets, self.indices, self._banks, strict=True)
+            for i in index
+        )
 
     def example(self, position: int) -> dict[str, Any]:
         """The example at `position`: the declared batch keys, and "bad" with what could not be read."""

@@ -30,7 +30,9 @@ class Regions:
 
     max_regions: prompts of an image that are described; of more boxes a random part. balanced: then each name in the
       image comes as often as the others, as long as there are boxes of it, so that a common one does not crowd out the rest.
-    max_objects: objects of an image that are to be found; of more boxes a random part.
+    max_objects: objects of an image that are to be found. With more in view, the image teaches no detection, and a
+      phrase teaches boxes only where none of its objects is beyond a random part of so many; masks and presence it
+      teaches as ever.
     max_phrases: phrases that are looked for in an image.
     kinds: what prompts are, "box", "point" or "mask", with probabilities; a region without a mask is shown as a box.
     box_jitter: each side of a prompt's box is moved by up to this share of the box's width or height.
