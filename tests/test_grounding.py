@@ -188,7 +188,7 @@ def test_grounding_against_loops(positives):
 
 def naive_detection(task, batch, found, names):
     b, f = jax.tree.map(np.asarray, (batch, found))
-    loss, count = 0.0, 0
+    loss, count, overlaps = 0.0, 0, []
     for i in range(IMAGES):
         if not (b["image_valid"][i] and b["object_known"][i]):
             continue
@@ -212,14 +212,14 @@ def naive_detection(task, batch, found, names):
             for p in phrases:
                 hit = q in pairs and p in naming[objects[pairs[q]]]
                 loss += task.name * focal(logits[q, p], hit) / share
-        masked = [m for m in objects if b["object_mask_valid"][i, m]]
-        for m in masked if task.masks else ():
-            first = min(q for q, t in pairs.items() if objects[t] == m)
+        masked = [(q, objects[t]) for q, t in pairs.items() if b["object_mask_valid"][i, objects[t]]]
+        for q, m in masked if task.masks else ():
             target = b["object_mask"][i, m]
-            pixels = zip(f.mask_logits[i, first].flat, target.flat, strict=True)
+            pixels = zip(f.mask_logits[i, q].flat, target.flat, strict=True)
             loss += task.bce * np.mean([cross_entropy(x, t) for x, t in pixels]) / len(masked)
-            loss += task.dice * dice(f.mask_logits[i, first], target) / len(masked)
-    return loss / max(count, 1), count
+            loss += task.dice * dice(f.mask_logits[i, q], target) / len(masked)
+        overlaps += [giou(f.boxes[i, q], targets[t])[1] for q, t in pairs.items()]
+    return loss / max(count, 1), count, sum(overlaps) / max(len(overlaps), 1)
 
 
 @pytest.mark.parametrize("masks, positives", [(False, 1), (True, 2)])
@@ -231,12 +231,15 @@ def test_detection_against_loops(masks, positives):
     ctx = context(batch, found)
     names = np.asarray(ctx.features["phrase"].embed).reshape(IMAGES, PHRASES, EMBED)
     loss = jax.jit(lambda f: task.loss(context(batch, f)).loss)
-    expected, count = naive_detection(task, batch, found, names)
+    expected, count, _ = naive_detection(task, batch, found, names)
     assert float(loss(found)) == pytest.approx(expected, rel=1e-4)
     assert float(task.count(batch, INFO)) == count == 2
     silent = batch | {"object_known": jnp.array([False, True, True])}
-    expected, count = naive_detection(task, silent, found, names)
-    assert float(task.loss(context(silent, found)).loss) == pytest.approx(expected, rel=1e-4) and count == 1
+    expected, count, overlap = naive_detection(task, silent, found, names)
+    output = task.loss(context(silent, found))
+    assert float(output.loss) == pytest.approx(expected, rel=1e-4) and count == 1
+    total, matches = output.metrics["iou"]
+    assert float(total / matches) == pytest.approx(overlap, rel=1e-4), "each with its own target"
 
 
 @pytest.mark.parametrize("task", [Grounding(contrast=1.0, taco=1.0), Detection(masks=True)])

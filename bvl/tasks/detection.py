@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from bvl.errors import ConfigError
+from bvl.losses.boxes import box_iou
 from bvl.losses.masks import mask_bce, mask_dice_loss, sigmoid_focal_loss
 from bvl.losses.set_prediction import match_boxes
 from bvl.models.features import Located
@@ -31,7 +32,8 @@ class Detection(Task):
         presence: focal loss of whether a candidate is matched, whatever the object is called
         bce, dice: of the objects' masks, with masks=True and model.region_decoder.instance_masks
 
-    The last ones and `name` are divided by the number of matched candidates. What is visible but has no box counts as
+    The masks are of all matched candidates, each its own object's, and a mean over those whose object has one. `name` and
+    `presence` are divided by the number of matched candidates. What is visible but has no box counts as
     background.
     """
 
@@ -99,21 +101,26 @@ class Detection(Task):
             "presence": (sigmoid_focal_loss(found.presence, fit.matched).sum(-1) / fit.count, valid),
         }
         if self.masks:
-            terms |= self._mask_terms(batch, found, fit.assigned, objects, valid)
+            terms |= self._mask_terms(batch, found, own, fit.matched, valid)
         loss, metrics = sum_terms(self, terms, valid)
-        nearest = jnp.where(fit.matched, fit.iou, 0.0).sum()
-        metrics["iou"] = (nearest, fit.matched.sum())
+        iou = jnp.take_along_axis(box_iou(found.boxes, batch["object_box"]), own[..., None], axis=-1)[..., 0]
+        metrics["iou"] = (jnp.where(fit.matched, iou, 0.0).sum(), fit.matched.sum())
         return LossOutput(loss, metrics)
 
-    def _mask_terms(self, batch, found: Located, assigned, objects, valid) -> dict[str, Any]:
-        """Losses of the masks of each object's first candidate, as means over the image's objects."""
-        owned = assigned[:, None] == jnp.arange(objects.shape[1])[:, None]
-        counted = objects & batch["object_mask_valid"] & owned.any(-1)
-        logits = jnp.take_along_axis(found.mask_logits, owned.argmax(-1)[..., None, None], axis=1)
-        target = batch["object_mask"]
-        logits = at_size(logits, target.shape[-2:])
+    def _mask_terms(
+        self,
+        batch: dict[str, jax.Array],
+        found: Located,
+        own: Int[Array, "b q"],
+        matched: Bool[Array, "b q"],
+        valid: Bool[Array, " b"],
+    ) -> dict[str, Any]:
+        """Losses of the matched candidates' masks, means over those whose object, `own`, has a mask."""
+        counted = matched & jnp.take_along_axis(batch["object_mask_valid"], own, axis=1)
+        target = jnp.take_along_axis(batch["object_mask"], own[..., None, None], axis=1)
+        logits = at_size(found.mask_logits, target.shape[-2:])
 
-        def mean(values: Float[Array, "b m"]) -> Float[Array, " b"]:
+        def mean(values: Float[Array, "b q"]) -> Float[Array, " b"]:
             return jnp.where(counted, values, 0.0).sum(1) / jnp.maximum(counted.sum(1), 1)
 
         masked = valid & counted.any(1)
