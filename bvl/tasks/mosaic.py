@@ -43,11 +43,6 @@ class Mosaic(Task):
                 f"mosaic grids={self.grids}: give different numbers of 2 or more, such as (2, 3, 4)"
             )
 
-    @property
-    def images_per_set(self) -> int:
-        """How many images one mosaic of each grid takes."""
-        return sum(k * k for k in self.grids)
-
     def check(self, model_config: Any) -> None:
         check_all_patches(model_config, "mosaic")
 
@@ -97,11 +92,12 @@ def make_mosaics(images: Float[Array, "b h w c"], grids: tuple[int, ...]) -> Flo
     for a batch with fewer images than one mosaic of each grid takes.
     """
     size, height, width, channels = images.shape
-    sets = size // sum(k * k for k in grids)
+    images_per_set = sum(k * k for k in grids)
+    sets = size // images_per_set
     if not sets:
         raise ConfigError(
             f"mosaics of {', '.join(f'{k}x{k}' for k in grids)} images need a batch_size of at least "
-            f"{sum(k * k for k in grids)}; it is {size}: raise it, or set fewer grids"
+            f"{images_per_set}; it is {size}: raise it, or set fewer grids"
         )
     out, start = [], 0
     for k in grids:
