@@ -90,7 +90,7 @@ class RunFolder:
             )
         if not self.has_checkpoint():
             if self.config.is_file():
-                for file in (self.tokenizer, self.classes, self.env):
+                for file in (self.tokenizer, self.classes, self.env, self.calibration):
                     file.unlink(missing_ok=True)
             write_atomic(self.config, config_lib.dump(config))
             return
