@@ -227,6 +227,11 @@ class Model:
         """
         images = list(_several(images))
         describing.describing_task_of(self.config)
+        if chosen := {"best_of", "scorer"} & search.keys():
+            raise UserError(
+                f"{min(chosen)}: texts of regions are not chosen among candidates, for a scorer compares texts with whole "
+                "images; leave it out, or search with beams"
+            )
         described = describing.describe(
             self.components,
             images,
@@ -252,8 +257,9 @@ class Model:
         phrases: the same for all images, or a list for each.
         alpha: the share of absent phrases that may pass for found: `found` is p_values <= alpha, by the scores of
           absent phrases that the run keeps in calibration.json; without it p_values are NaN, and found is scores >= 0.5.
+          So it is, with a warning, where they are fewer than ceil(1 / alpha) - 1, too few for so small a p-value.
         Raises UserError for an empty phrase or one beyond the context, and ConfigError, with the missing task named,
-        for a run without grounding.
+        for a run without grounding, or whose grounding was trained without boxes.
         """
         return locating.ground(self.components, _several(images), phrases, alpha=alpha, batch_size=batch_size)
 
@@ -262,7 +268,8 @@ class Model:
     ) -> list[Float[np.ndarray, "k h w"]]:
         """For each image and phrase the probability of every pixel of the original to belong to what it names.
 
-        Whether that is there at all, `ground` says. phrases and errors as there.
+        Whether that is there at all, `ground` says. phrases and errors as there, but for ConfigError for a run whose
+        grounding was trained without masks.
         """
         return locating.segment(self.components, _several(images), phrases, batch_size=batch_size)
 
@@ -279,7 +286,7 @@ class Model:
         """For each image the objects that go by one of `names`, any texts, best first; boxes in fractions of the image.
 
         threshold: least score. iou_threshold: of two boxes of one name that overlap more the better one stays.
-        Raises UserError for names that cannot be used, and ConfigError, with the missing task named, for a run without
+        A name that is given twice counts once. Raises UserError for names that cannot be used, and ConfigError, with the missing task named, for a run without
         detection.
         """
         return locating.detect(

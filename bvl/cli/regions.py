@@ -17,6 +17,7 @@ from bvl.cli.options import (
     decoding,
     decoding_given,
     picture_path,
+    positive,
 )
 from bvl.cli.results import file_names, print_line, save_picture
 from bvl.errors import ConfigError, UserError
@@ -105,6 +106,16 @@ def add_regions(verbs) -> None:
     detect.add_argument(
         "--threshold", type=_share, default=0.3, metavar="X", help="least score (default 0.3)"
     )
+    detect.add_argument(
+        "--iou-threshold",
+        type=_share,
+        default=0.5,
+        metavar="X",
+        help="of two boxes of one name that overlap more the better one stays (default 0.5)",
+    )
+    detect.add_argument(
+        "--max-detections", type=positive, default=100, metavar="N", help="objects at most (default 100)"
+    )
     _overlay(detect)
     checkpoint(detect)
 
@@ -175,7 +186,8 @@ def _ground(args: argparse.Namespace) -> int:
     else:
         (found,) = model.ground([image], args.phrases, alpha=args.alpha, batch_size=1)
         for i, row in enumerate(rows):
-            row |= _presence(found, i) | {"box": found.boxes[i]}
+            row |= {"found": bool(found.found[i]), "score": found.scores[i], "p_value": found.p_values[i]}
+            row["box"] = found.boxes[i]
     heat_maps = None
     if args.heat_map:
         (heat_maps,) = model.heat_maps([image], args.phrases, batch_size=1)
@@ -216,34 +228,39 @@ def _segment(args: argparse.Namespace) -> int:
 
     from bvl.data.drawing import draw_regions
     from bvl.data.regions import tight_box
+    from bvl.tasks.locating import check_finds_masks, locate, presence_judge
 
     image, out = _before_loading(args)
     folder = None if args.masks is None else Path(args.masks)
     if folder is not None and not (folder.is_dir() or (folder.parent.is_dir() and not folder.exists())):
         raise UserError(f"--masks {folder}: no folder, and none can be made there")
     model = _load(args)
-    (found,) = model.ground([image], args.phrases, alpha=args.alpha, batch_size=1)
-    (probabilities,) = model.segment([image], args.phrases, batch_size=1)
-    masks = [p >= 0.5 for p in probabilities]
+    check_finds_masks(model.config)
+    judge = presence_judge(model.components, args.alpha)
+    # Masks and presence of one pass, also of a run without boxes.
+    (located,) = locate(model.components, [image], args.phrases, batch_size=1)
+    scores, p_values, found = judge(located.presence)
+    masks = [p >= 0.5 for p in located.masks()]
     if folder is not None:
         folder.mkdir(exist_ok=True)
     files = [None if folder is None else folder / name for name in file_names(args.phrases)]
     for i, (phrase, mask, file) in enumerate(zip(args.phrases, masks, files, strict=True)):
-        row = {"phrase": phrase, **_presence(found, i), "area": mask.mean()}
+        presence = {"found": bool(found[i]), "score": scores[i], "p_value": p_values[i]}
+        row = {"phrase": phrase, **presence, "area": mask.mean()}
         row["box"] = tight_box(mask) if mask.any() else None
         if file is not None:
             Image.fromarray(mask.astype(np.uint8) * 255).save(file)
             row["mask"] = str(file)
         print_line(row)
-    there = np.flatnonzero(found.found)
+    there = np.flatnonzero(found)
     save_picture(
         out,
         lambda: draw_regions(
             image,
             masks=[masks[i] for i in there],
             texts=[args.phrases[i] for i in there],
-            scores=found.scores[there],
-            notes=_not_found([args.phrases[i] for i in np.flatnonzero(~found.found)]),
+            scores=scores[there],
+            notes=_not_found([args.phrases[i] for i in np.flatnonzero(~found)]),
         ),
     )
     return 0
@@ -251,13 +268,22 @@ def _segment(args: argparse.Namespace) -> int:
 
 def _detect(args: argparse.Namespace) -> int:
     from bvl.data.drawing import draw_regions
+    from bvl.data.phrases import read_mark
 
     image, out = _before_loading(args)
     model = _load(args)
-    (found,) = model.detect([image], args.names, threshold=args.threshold, batch_size=1)
+    (found,) = model.detect(
+        [image],
+        args.names,
+        threshold=args.threshold,
+        iou_threshold=args.iou_threshold,
+        max_detections=args.max_detections,
+        batch_size=1,
+    )
     for name, box, score in zip(found.names, found.boxes, found.scores, strict=True):
         print_line({"name": name, "box": box, "score": score})
-    missing = [name for name in dict.fromkeys(args.names) if name not in found.names]
+    names = dict.fromkeys(read_mark(name)[0] for name in args.names)
+    missing = [name for name in names if name not in found.names]
     if not found.names:
         print(f"nothing found with a score of {args.threshold} or more", file=sys.stderr)
     save_picture(
@@ -319,10 +345,6 @@ def _regions(
     if not regions:
         raise UserError("zero regions: give at least one --box, --point or --mask")
     return shown, regions
-
-
-def _presence(found: Any, i: int) -> dict[str, Any]:
-    return {"found": bool(found.found[i]), "score": found.scores[i], "p_value": found.p_values[i]}
 
 
 def _not_found(phrases: Sequence[str]) -> list[str]:

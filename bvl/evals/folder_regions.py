@@ -15,10 +15,11 @@ from bvl.evals.base import Suite, describe, same_place
 from bvl.evals.describing import RegionDescriptions
 from bvl.evals.detection import ObjectDetection
 from bvl.evals.grounding import PhraseGrounding
-from bvl.evals.heat_maps import HeatMapPointing, makes_heat_maps
+from bvl.evals.heat_maps import HeatMapPointing
 from bvl.metrics.caption_text import tokenize
 from bvl.tasks.detection import Detection
 from bvl.tasks.grounding import Grounding
+from bvl.tasks.locating import makes_heat_maps
 from bvl.tasks.region_caption import RegionCaption
 
 logger = logging.getLogger(__name__)

@@ -25,9 +25,7 @@ from bvl.evals.regions import (
 )
 from bvl.metrics.heat_maps import contrast_to_noise, inside_boxes, pointing_hit
 from bvl.runs import Components
-from bvl.tasks.contrastive import has_contrastive
-from bvl.tasks.locating import heat_maps
-from bvl.tasks.mosaic import Mosaic
+from bvl.tasks.locating import heat_maps, makes_heat_maps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,11 +132,6 @@ class HeatMapPointing(Suite):
             ),
             [{"id": record_set.describe(i)["id"], "phrases": some} for i, some in examples.items()],
         )
-
-
-def makes_heat_maps(config: Config) -> bool:
-    """Whether some task of a run trains patches and texts in one space."""
-    return has_contrastive(config) or any(isinstance(task, Mosaic) for task in config.tasks.values())
 
 
 def _pointed(heat: Float[np.ndarray, "h w"], boxes: Float[np.ndarray, "n 4"]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -13,12 +13,14 @@ from bvl.config import Config
 from bvl.decode.options import DecodeOptions
 from bvl.errors import ConfigError, UserError
 from bvl.runs import Components
+from bvl.tasks.base import Task
 from bvl.tasks.caption import Caption
 from bvl.tasks.contrastive import embed_texts, has_contrastive
 from bvl.tasks.writing_rows import Candidate, image_visual, row_scales, warn_once, write_rows
 
 # What the null rows of guidance go without.
 GuidanceNull = Literal["image", "controls", "both"]
+Kind = TypeVar("Kind", bound=Task)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +47,28 @@ def encode_for_captions(
 
 def captioning_task_of(config: Config) -> Caption:
     """A config's captioning task; ConfigError, naming what is missing, if it has none."""
-    for task in config.tasks.values():
-        if isinstance(task, Caption):
-            return task
-    raise ConfigError(
-        f"this run cannot write captions: it has no task of type Caption, only "
-        f"{', '.join(f'{n} ({type(t).__name__})' for n, t in config.tasks.items())}. Train one with "
-        "tasks={..., 'caption': Caption()} and model.decoder set, as configs/quickstart.py does"
+    return task_of(
+        config,
+        Caption,
+        "write captions",
+        "tasks={..., 'caption': Caption()} and model.decoder set, as configs/quickstart.py does",
     )
+
+
+def task_of(config: Config, kind: type[Kind], what: str, remedy: str) -> Kind:
+    """A config's task of a type; ConfigError that says what the run cannot do, and what to train one with."""
+    for task in config.tasks.values():
+        if isinstance(task, kind):
+            return task
+    there = ", ".join(f"{name} ({type(task).__name__})" for name, task in config.tasks.items())
+    raise ConfigError(
+        f"this run cannot {what}: it has no task of type {kind.__name__}, only {there}. Train one with {remedy}"
+    )
+
+
+def name_of(config: Config, task: Task) -> str:
+    """What a task of a config is called there."""
+    return next(name for name, other in config.tasks.items() if other is task)
 
 
 def longest_text(config: Config, *, of_regions: bool = False) -> int:
@@ -219,11 +235,12 @@ def _token_batches(
 
 def _warn_of_untrained_null(config: Config, guidance_null: GuidanceNull) -> None:
     """Warn, once for a run, of a null that training has never shown."""
-    if guidance_null != "controls" and not captioning_task_of(config).image_dropout:
+    task = captioning_task_of(config)
+    if guidance_null != "controls" and not task.image_dropout:
         warn_once(
             config.workdir,
             "guidance: this run was trained with image_dropout=0, so its null image means nothing; train with "
-            "tasks.caption.image_dropout=0.2",
+            f"tasks.{name_of(config, task)}.image_dropout=0.2",
         )
     controls = config.data.controls
     if guidance_null != "image" and controls.enabled and not controls.dropout:

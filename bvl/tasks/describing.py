@@ -19,12 +19,12 @@ from bvl.data.images import open_image
 from bvl.data.region_prompts import prompts_of
 from bvl.data.transforms import Transformed, apply
 from bvl.decode.options import DecodeOptions
-from bvl.errors import ConfigError, UserError
+from bvl.errors import UserError
 from bvl.mesh import batch_sharding
 from bvl.models.features import ImageFeatures, RegionPrompts
 from bvl.models.vlm import DualEncoder
 from bvl.runs import Components
-from bvl.tasks.captioning import check_language_model, check_max_length
+from bvl.tasks.captioning import check_language_model, check_max_length, name_of, task_of
 from bvl.tasks.region_caption import RegionCaption, Visual, behind_images, with_masks
 from bvl.tasks.writing_rows import Candidate, row_scales, warn_once, write_rows
 
@@ -54,14 +54,12 @@ class EncodedImages:
 
 def describing_task_of(config: Config) -> RegionCaption:
     """A config's task that describes regions; ConfigError, naming what is missing, if it has none."""
-    for task in config.tasks.values():
-        if isinstance(task, RegionCaption):
-            return task
-    raise ConfigError(
-        f"this run cannot describe regions: it has no task of type RegionCaption, only "
-        f"{', '.join(f'{n} ({type(t).__name__})' for n, t in config.tasks.items())}. Train one with "
+    return task_of(
+        config,
+        RegionCaption,
+        "describe regions",
         "tasks={..., 'region_caption': RegionCaption()}, model.decoder and model.region_encoder set, on records with "
-        "boxes"
+        "boxes, as configs/quickstart.py and configs/own_regions.py do",
     )
 
 
@@ -295,5 +293,5 @@ def _warn_of_untrained_null(config: Config, guidance_null: RegionNull) -> None:
             warn_once(
                 config.workdir,
                 f"guidance: this run was trained with {name}_dropout=0, so its null {name} means nothing; train with "
-                f"tasks.region_caption.{name}_dropout=0.1",
+                f"tasks.{name_of(config, task)}.{name}_dropout=0.1",
             )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from bvl.metrics.presence import conformal_p_values
 from bvl.models.features import ImageFeatures, Located
 from bvl.models.vlm import DualEncoder
 from bvl.runs import Components
+from bvl.tasks.captioning import name_of, task_of
 from bvl.tasks.contrastive import embed_texts, has_contrastive
 from bvl.tasks.detection import Detection
 from bvl.tasks.grounding import Grounding, phrases_by_decoder
@@ -46,7 +48,7 @@ class Grounded:
 
     boxes: the box of each, fractions of the original image. scores: the model's probability that it is there.
     p_values: how often a phrase that is not there scores as high, by the run's calibration; NaN without one.
-    found: p_value <= alpha, or, without calibration, scores >= 0.5.
+    found: p_value <= alpha, or, without a calibration that alpha can be told by, scores >= 0.5.
     """
 
     boxes: Float[np.ndarray, "k 4"]
@@ -89,23 +91,48 @@ class LocatedImage:
 
 def grounding_task_of(config: Config) -> Grounding:
     """A config's grounding task; ConfigError, naming what is missing, if it has none."""
-    return _task_of(config, Grounding, "look for phrases", "'grounding': Grounding()")
+    return task_of(
+        config,
+        Grounding,
+        "look for phrases",
+        "tasks={..., 'grounding': Grounding()} and model.region_decoder set, as configs/quickstart.py does",
+    )
 
 
 def detection_task_of(config: Config) -> Detection:
     """A config's detection task; ConfigError, naming what is missing, if it has none."""
-    return _task_of(config, Detection, "detect objects", "'detection': Detection()")
-
-
-def _task_of(config: Config, kind: type, what: str, example: str) -> Any:
-    for task in config.tasks.values():
-        if isinstance(task, kind):
-            return task
-    there = ", ".join(f"{n} ({type(t).__name__})" for n, t in config.tasks.items())
-    raise ConfigError(
-        f"this run cannot {what}: it has no task of type {kind.__name__}, only {there}. Train one with "
-        f"tasks={{..., {example}}} and model.region_decoder set, as configs/quickstart.py does"
+    return task_of(
+        config,
+        Detection,
+        "detect objects",
+        "tasks={..., 'detection': Detection()} and model.region_decoder set, as configs/own_regions.py does",
     )
+
+
+def finds_boxes(task: Grounding) -> bool:
+    """Whether a grounding task trains the boxes of phrases."""
+    return bool(task.l1 or task.giou or task.score)
+
+
+def finds_masks(task: Grounding) -> bool:
+    """Whether a grounding task trains the masks of phrases."""
+    return bool(task.bce or task.dice)
+
+
+def check_finds_masks(config: Config) -> None:
+    """ConfigError for a run without a grounding task, or with one that trains no masks."""
+    task = grounding_task_of(config)
+    if not finds_masks(task):
+        name = name_of(config, task)
+        raise ConfigError(
+            f"this run was trained without masks of phrases (tasks.{name}.bce=0 and tasks.{name}.dice=0), so they mean "
+            "nothing: train with one of them above 0, on records with masks"
+        )
+
+
+def makes_heat_maps(config: Config) -> bool:
+    """Whether some task of a run trains patches and texts in one space."""
+    return has_contrastive(config) or any(isinstance(task, Mosaic) for task in config.tasks.values())
 
 
 def ground(
@@ -120,21 +147,57 @@ def ground(
 
     phrases: the same for all images, or a list for each. One word may be marked with asterisks ("a *nodule* on the
     left"), which a run with phrases="decoder" reads. alpha: share of absent phrases that may be taken as found.
-    Raises ConfigError for a run without a grounding task, UserError for phrases that cannot be used.
+    Raises ConfigError for a run without a grounding task or with one that trains no boxes, UserError for phrases that
+    cannot be used.
+    """
+    task = grounding_task_of(components.config)
+    if not finds_boxes(task):
+        fields = ", ".join(f"tasks.{name_of(components.config, task)}.{x}=0" for x in ("l1", "giou", "score"))
+        raise ConfigError(
+            f"this run was trained without boxes of phrases ({fields}), so they mean nothing: find masks by `segment`, "
+            "or train with these weights above 0, on records with boxes"
+        )
+    judge = presence_judge(components, alpha)
+    found = locate(components, images, phrases, batch_size=batch_size)
+    return [Grounded(one.boxes, *judge(one.presence)) for one in found]
+
+
+def presence_judge(
+    components: Components, alpha: float
+) -> Callable[
+    [Float[np.ndarray, " k"]],
+    tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"], Bool[np.ndarray, " k"]],
+]:
+    """What gives (scores, p_values, found), as `Grounded` has them, of presence logits, by the run's calibration.
+
+    Logs a warning where the calibration has too few negatives for `alpha`. Raises UserError for another alpha.
     """
     if not 0 < alpha < 1:
         raise UserError(f"alpha={alpha}: the share of absent phrases that may be found must lie in 0..1")
     negatives = calibrated_negatives(components)
-    out = []
-    for located in locate(components, images, phrases, batch_size=batch_size):
-        scores = np.asarray(jax.nn.sigmoid(located.presence), np.float32)
+    enough = bool(negatives) and len(negatives) >= least_negatives(alpha)
+    if negatives and not enough:
+        logger.warning(
+            "alpha=%g needs a calibration of at least %d absent phrases, and calibration.json has %d: what scores 0.5 or "
+            "more counts as found; calibrate on more with `bvl eval RUN --data DIR --calibrate`, or raise alpha",
+            alpha,
+            least_negatives(alpha),
+            len(negatives),
+        )
+
+    def judge(presence: Float[np.ndarray, " k"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        scores = np.asarray(jax.nn.sigmoid(presence), np.float32)
+        p_values = np.full(len(scores), np.nan, np.float32)
         if negatives:
-            p_values = conformal_p_values(located.presence, np.asarray(negatives)).astype(np.float32)
-            found = p_values <= alpha
-        else:
-            p_values, found = np.full(len(scores), np.nan, np.float32), scores >= 0.5
-        out.append(Grounded(located.boxes, scores, p_values, found))
-    return out
+            p_values = conformal_p_values(presence, np.asarray(negatives)).astype(np.float32)
+        return scores, p_values, p_values <= alpha if enough else scores >= 0.5
+
+    return judge
+
+
+def least_negatives(alpha: float) -> int:
+    """How many negatives a calibration needs so that some p-value is at most alpha: 1 / (1 + m) is the smallest."""
+    return math.ceil(1 / alpha - 1e-9) - 1
 
 
 def calibrated_negatives(components: Components) -> list[float] | None:
@@ -160,8 +223,9 @@ def segment(
 ) -> list[Float[np.ndarray, "k h w"]]:
     """For each image the probability of every pixel of the original to belong to what each phrase names.
 
-    Arguments and errors are those of `ground`.
+    Arguments and errors are those of `ground`, but for ConfigError for a run whose task trains no masks.
     """
+    check_finds_masks(components.config)
     return [found.masks() for found in locate(components, images, phrases, batch_size=batch_size)]
 
 
@@ -235,13 +299,16 @@ def detect(
 
     threshold: least score, the product of the probabilities that there is an object and that the name fits.
     iou_threshold: of two boxes of one name that overlap more the better one stays.
-    Raises ConfigError for a run without a detection task, UserError for names that cannot be used.
+    A name that is given twice counts once. Raises ConfigError for a run without a detection task, UserError for names
+    that cannot be used.
     """
     detection_task_of(components.config)
     images = _checked_images(images, batch_size)
     if isinstance(names, str):
         raise UserError("names is one text; give a list of names")
-    names = _phrase_lists(components, names, 1)[0]
+    (names,) = _phrase_lists(components, names, 1)
+    # A mark is for phrases that the text decoder reads.
+    names = list(dict.fromkeys(read_mark(name)[0] for name in names))
     embeddings = embed_texts(components, names)
     out = []
     for transformed, sizes, features in encode_regions(components, images, batch_size):
@@ -296,8 +363,7 @@ def heat_maps(
     Boecking et al. 2022, arXiv:2204.09817, section 4.2); NaN where the model did not see the original image.
     Raises ConfigError for a run without a contrastive task, UserError for phrases that cannot be used.
     """
-    config = components.config
-    if not has_contrastive(config) and not any(isinstance(task, Mosaic) for task in config.tasks.values()):
+    if not makes_heat_maps(components.config):
         raise ConfigError(
             "heat maps compare patches with texts, which no task of this run has trained; train one with "
             "tasks={..., 'contrastive': Contrastive()}"
@@ -305,7 +371,9 @@ def heat_maps(
     if sigma < 0:
         raise UserError(f"sigma={sigma}: must not be negative")
     images = _checked_images(images, batch_size)
-    lists = _phrase_lists(components, phrases, len(images))
+    lists = [
+        [read_mark(phrase)[0] for phrase in row] for row in _phrase_lists(components, phrases, len(images))
+    ]
     distinct = list(dict.fromkeys(phrase for row in lists for phrase in row))
     embeddings = dict(zip(distinct, embed_texts(components, distinct), strict=True))
     out = []
