@@ -28,10 +28,10 @@ def draw_set(name: str, run: Path, source: Source, out: Path) -> None:
     half = NUM_IMAGES // 2
     shown = pairs[:half] + pairs[-half:]
     tiles = [side_by_side([truth, prediction]) for _, truth, prediction in shown]
-    _sheet(tiles).save(out)
+    _sheet(tiles).save(out, quality=85)
 
 
-def _sheet(tiles: list[Image.Image], columns: int = 3, width: int = 640) -> Image.Image:
+def _sheet(tiles: list[Image.Image], columns: int = 3, width: int = 560) -> Image.Image:
     tiles = [t.resize((width, round(t.height * width / t.width)), Image.Resampling.LANCZOS) for t in tiles]
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     gap = 12

@@ -157,7 +157,7 @@ def main() -> None:
             source = source.at_root(str(args.data))
         if name in ("phantoms", *REAL):
             unseen = dataclasses.replace(source, split="val" if args.dev or name in REAL else "test")
-            draw_set(name, runs / name, unseen, out / f"{name}.png")
+            draw_set(name, runs / name, unseen, out / f"{name}.jpg")
         if name == "dsb2018_nuclei":
             results[name] |= otsu(unseen)
         if name == "bccd":
