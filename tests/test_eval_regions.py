@@ -24,11 +24,13 @@ from bvl.evals.detection import ObjectDetection
 from bvl.evals.folder import suites_for
 from bvl.evals.grounding import PhraseGrounding
 from bvl.evals.heat_maps import HeatMapPointing
-from bvl.evals.regions import PhraseLists, instance_ious
+from bvl.evals.regions import PhraseLists, _of_size, instance_ious
 from bvl.metrics.heat_maps import inside_boxes
 from bvl.metrics.masks import pairwise_mask_iou
 from bvl.runs import RunFolder
+from bvl.tasks.grounding import Grounding
 from bvl.tasks.locating import Detections, LocatedImage
+from bvl.tasks.region_caption import RegionCaption
 from bvl.tasks.writing_rows import Candidate
 
 SOURCE = Source(phantoms=PHANTOMS, split=None)
@@ -99,6 +101,25 @@ def test_the_truth_gets_full_marks(components, records, monkeypatch):
     json.dumps(result.per_example)
 
 
+@pytest.mark.parametrize("untrained", [("l1", "giou", "score"), ("bce", "dice")])
+def test_what_was_not_trained_is_not_judged(components, records, monkeypatch, untrained):
+    monkeypatch.setattr(grounding, "locate", oracle(records))
+    config = dataclasses.replace(
+        components.config, tasks={"find": Grounding(**dict.fromkeys(untrained, 0.0))}
+    )
+    result = run(PhraseGrounding(source=SOURCE, by="phrase"), dataclasses.replace(components, config=config))
+    of_boxes, of_masks = {"acc_at_50", "acc_at_75", "miou", "aurc_at_50"}, {"dice", "instance_ap50"}
+    there = {name.split("/")[0] for name in result.metrics}
+    gone, kept = (of_boxes, of_masks) if "l1" in untrained else (of_masks, of_boxes)
+    assert kept <= there and not gone & there and "presence_auroc" in there
+
+
+def test_masks_of_another_resolution_are_brought_to_the_image():
+    ids = np.array([[0, 1, 1], [2, 2, 0]], np.uint8)
+    np.testing.assert_array_equal(_of_size(ids, (4, 6)), ids.repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(_of_size(ids.repeat(3, 0).repeat(3, 1), (2, 3)), ids)
+
+
 def test_a_box_half_a_width_away_has_a_third(components, records, monkeypatch):
     monkeypatch.setattr(grounding, "locate", oracle(records, shift=0.5))
     one = [r for r in records if len(r["boxes"]) == 1]
@@ -135,7 +156,13 @@ def test_calibration_is_of_one_half_and_judged_on_the_other(components, records,
     assert run(dataclasses.replace(suite, calibrate="none"), components).calibration is None
     calibrated = dataclasses.replace(components, calibration=calibration)
     own = run(dataclasses.replace(suite, calibrate="none"), calibrated)
+    assert own.calibration is None and "conformal_found_rate" not in own.metrics
+    assert "these records made" in own.provenance["calibration"]
+    others = dataclasses.replace(components, calibration={**calibration, "split_hash": "other"})
+    own = run(dataclasses.replace(suite, calibrate="none"), others)
     assert own.calibration is None and "conformal_found_rate" in own.metrics
+    few = run(dataclasses.replace(suite, alpha=0.001, calibrate="all"), components)
+    assert few.calibration is None and "needs 999" in few.provenance["calibration"]
 
     evaluation = evaluate(components, {"regions_x/grounding": suite}, batch_size=8)
     folder = RunFolder(tmp_path / "run")
@@ -293,13 +320,35 @@ def test_wrong_names_sides_and_lengths_cost_what_they_should(components, monkeyp
     ).metrics
     names = [entry["name"] for record in records for entry in record["boxes"]]
     assert metrics["name_accuracy"] == pytest.approx(np.mean([name == "stone" for name in names]))
+    assert metrics["name_stated"] == metrics["name_accuracy"]
     assert metrics["name_balanced_accuracy"] == 0.5
     assert (metrics["recall/stone"], metrics["recall/cyst"]) == (1, 0)
     assert metrics["word_accuracy/side"] == 0.5 and metrics["word_stated/side"] == 1
     assert set(write.asked) == {5} and metrics["length_exact"] == 1
     asked = run(RegionDescriptions(source=source, length=6, name_words={"cyst": ("stone",)}), components)
     assert (asked.metrics["length_exact"], asked.metrics["length_within_1"]) == (0, 0)
-    assert asked.metrics["name_accuracy"] == 1, "what also says cyst"
+    assert asked.metrics["name_stated"] == 1, "what also says cyst"
+    assert asked.metrics["name_accuracy"] == asked.metrics["recall/cyst"] * np.mean(
+        [n == "cyst" for n in names]
+    ) + (asked.metrics["recall/stone"] * np.mean([n == "stone" for n in names]))
+
+
+def test_the_first_name_is_the_answer(components, monkeypatch):
+    source, records = left_right_source()
+    monkeypatch.setattr(describing, "describe_regions", Written(lambda prompt, asked: "a cyst or a stone"))
+    metrics = run(RegionDescriptions(source=source, text="site"), components).metrics
+    names = [entry["name"] for record in records for entry in record["boxes"]]
+    assert metrics["name_accuracy"] == pytest.approx(np.mean([name == "cyst" for name in names]))
+    assert metrics["name_stated"] == 1 and metrics["name_balanced_accuracy"] == 0.5
+
+
+def test_words_are_mirrored_whole_and_in_their_case():
+    swap = {"left": "right", "right": "left"}
+    entry = {"texts": ["Left lung, left-sided; LEFT. Leftover bright"], "box": [0, 0, 1, 1]}
+    assert describing._swapped(entry, swap) == {
+        "texts": ["Right lung, right-sided; RIGHT. Leftover bright"],
+        "box": [0, 0, 1, 1],
+    }
 
 
 def test_the_first_and_longest_name_counts():
@@ -344,6 +393,10 @@ def test_dense_captions_need_place_and_words(components, monkeypatch):
     monkeypatch.setattr(describing, "describe_regions", Written(lambda prompt, asked: "nothing"))
     # Of the six thresholds of words the first is 0.
     assert run(suite, components).metrics["dense_caption_map"] == pytest.approx(1 / 6)
+    # Boxes that are not among those to describe are there to be found all the same.
+    monkeypatch.setattr(describing, "describe_regions", Written(truth))
+    fewer = dataclasses.replace(suite, max_regions=1)
+    assert run(fewer, components).metrics["dense_caption_map"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("sign", "hit"), [(1.0, 1.0), (-1.0, 0.0)])
@@ -419,6 +472,25 @@ def test_a_folder_with_boxes_gets_the_suites_of_the_tasks(components, tmp_path):
         suites_for(tmp_path / "p", config=components.config, calibrate=True)["regions_p/grounding"].calibrate
         == "all"
     )
+    asked = suites_for(
+        tmp_path / "p", config=components.config, captions={"max_images": 3, "beams": 2, "length": 4}
+    )
+    assert {suite.max_images for name, suite in asked.items() if name.startswith("regions")} == {3}
+    assert (asked["regions_p/describe"].beams, asked["regions_p/describe"].length) == (2, 4)
+    trained = Source(root=str(tmp_path / "p"))
+    seen = dataclasses.replace(
+        components.config,
+        tasks={"region_caption": RegionCaption(), "grounding": Grounding()},
+        data=dataclasses.replace(components.config.data, train=(trained,)),
+    )
+    assert (
+        suites_for(tmp_path / "p", config=seen, captions={"guidance": 2.0})["regions_p/describe"].guidance
+        == 2
+    )
+    with pytest.raises(ConfigError, match="no task of type Caption"):
+        suites_for(tmp_path / "p", config=seen, captions={"lexicon": "phantoms"})
+    with pytest.raises(ConfigError, match="may have been trained on these records"):
+        suites_for(tmp_path / "p", config=seen, split="train", calibrate=True)
     plain = tiny_components().config
     assert "regions_p/grounding" not in suites_for(tmp_path / "p", config=plain)
     with pytest.raises(ConfigError, match="no task of type Grounding"):

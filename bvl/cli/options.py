@@ -93,20 +93,20 @@ def decoding(parser: argparse.ArgumentParser, *names: str, **helps: str) -> None
 
 def caption_suite(parser: argparse.ArgumentParser) -> None:
     """Options that only a suite of captions has, named as its fields."""
-    group = parser.add_argument_group("captions")
+    group = parser.add_argument_group("captions and texts of regions")
     group.add_argument(
         "--length",
         type=length_to_ask_for,
         default=argparse.SUPPRESS,
         metavar="N|N:M|reference",
-        help="words to ask for: a number, N to M in turns, or as many as the reference has",
+        help="words to ask for: a number, N to M in turns (captions only), or as many as the reference has",
     )
     group.add_argument(
         "--max-images",
         type=positive_or_all,
         default=argparse.SUPPRESS,
         metavar="N|all",
-        help="images to caption (default 500)",
+        help="images to caption (default 500), and to find or describe regions in (default all)",
     )
     group.add_argument(
         "--lexicon",

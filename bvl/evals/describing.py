@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from PIL import ImageOps
 from bvl.config import Config
 from bvl.data.geometry import box_area
 from bvl.data.images import open_image
-from bvl.data.region_prompts import prompts_of
+from bvl.data.region_prompts import check_boxes, check_masks, check_points, prompts_of
 from bvl.data.regions import KINDS, region_entries
 from bvl.data.sources import Source
 from bvl.data.text import Tokenizer
@@ -62,9 +63,9 @@ class _Region:
 class RegionDescriptions(Suite):
     """Texts that the run's task of describing writes of regions, against the region's name and its own texts.
 
-    name_accuracy: share of texts that hold the region's name as whole words. name_balanced_accuracy takes the first
-    known name of a text (of several at one place the longest) and is the mean over the true names of the share that is
-    right, recall/<name>. rouge_l compares with the references. word_accuracy/<group>: among regions whose references
+    name_accuracy: share of texts whose first known name (of several at one place the longest) is the region's;
+    recall/<name> is that share among regions of one name, and name_balanced_accuracy their mean over the true names.
+    name_stated: share of texts that hold the region's name as whole words, wherever. rouge_l compares with the references. word_accuracy/<group>: among regions whose references
     hold exactly one word of the group, the share of texts with this word and no other of the group;
     word_stated/<group>: the share with any. length_within_1 and length_exact: shares of texts as long as was asked
     for, in words. mean_length: words written.
@@ -82,8 +83,8 @@ class RegionDescriptions(Suite):
       longest text of the training.
     max_images: so many images, drawn by `seed`; None = all. max_regions: so many regions of an image, likewise.
     dense: also the boxes that the run detects (scores from `dense_threshold`) are described, and dense_caption_map
-      tells how far box and words are both right; the score of words is ROUGE-L with the first reference, so that values
-      compare with no published ones.
+      tells how far box and words are both right, against all boxes of the images; the score of words is ROUGE-L with
+      the first reference, or the name of a box without one, so that values compare with no published ones.
     """
 
     source: Source
@@ -180,7 +181,7 @@ class RegionDescriptions(Suite):
             for picture, some, written in zip(pictures, chosen, texts, strict=True):
                 rows += [_row(picture, r, t) for r, t in zip(some, written, strict=True)]
             if self.dense:
-                dense += self._dense(components, pictures, encoded, chosen, batch_size)
+                dense += self._dense(components, pictures, encoded, choice, batch_size)
         if not rows:
             raise DataError(f"{describe(record_set)}: no region can be described ({dict(left_out)})")
 
@@ -277,7 +278,7 @@ class RegionDescriptions(Suite):
         regions = []
         for i in members:
             shown = picture.shown([i], encoded.shown[position]) if self.kind != "box" else None
-            if self.kind == "mask" and shown is None:
+            if self.kind == "mask" and (shown is None or not shown.any()):
                 left_out["regions without a mask"] += 1
                 continue
             prompt = self._prompt(picture.boxes[i], shown, rng)
@@ -305,7 +306,7 @@ class RegionDescriptions(Suite):
         if self.kind == "box":
             return {"box": np.clip(box + moved, 0, 1).tolist()}
         point = np.clip((box[:2] + box[2:]) / 2 + moved[:2], 0, 1)
-        if shown is not None:
+        if shown is not None and shown.any():
             y, x = np.nonzero(shown)
             pixels = (np.stack([x, y], 1) + 0.5) / shown.shape[::-1]
             point = pixels[np.square(pixels - point).sum(1).argmin()]
@@ -325,7 +326,8 @@ class RegionDescriptions(Suite):
             any(_holds(own, form) for form in spoken[row["name"]])
             for own, row in zip(words, rows, strict=True)
         ]
-        scores.mean("name_accuracy", np.array(held))
+        scores.mean("name_accuracy", predicted == true)
+        scores.mean("name_stated", np.array(held))
         scores.of_rows("name_balanced_accuracy", lambda r: balanced_accuracy(predicted[r], true[r]))
         for n in np.unique(true):
             scores.found.add(f"recall/{names[n]}", float((predicted == true)[true == n].mean()))
@@ -353,7 +355,7 @@ class RegionDescriptions(Suite):
         components: Components,
         pictures: Sequence[Picture],
         encoded: EncodedImages,
-        chosen: Sequence[Sequence[_Region]],
+        choice: TextChoice,
         batch_size: int,
     ) -> list[dict[str, Any]]:
         """Detected boxes, their scores and texts, and the true ones, of each picture."""
@@ -367,17 +369,19 @@ class RegionDescriptions(Suite):
             batch_size=batch_size,
         )
         found = []
-        for i, (picture, one, some) in enumerate(zip(pictures, detected, chosen, strict=True)):
+        for i, (picture, one) in enumerate(zip(pictures, detected, strict=True)):
             prompts = [{"box": box.tolist()} for box in one.boxes]
             kept = [k for k, prompt in enumerate(prompts) if _in_view(components, encoded, i, prompt)]
-            true = picture.boxes[[region.member for region in some]]
+            true = np.flatnonzero(box_area(picture.boxes) > 0)
             found.append(
                 {
                     "index": picture.index,
                     "prompts": [prompts[k] for k in kept],
-                    "ious": pairwise_iou(one.boxes[kept], true),
+                    "ious": pairwise_iou(one.boxes[kept], picture.boxes[true]),
                     "scores": one.scores[kept],
-                    "references": [region.references[0] for region in some],
+                    "references": [
+                        choice.first(picture.entries[k]) or picture.entries[k]["name"] for k in true
+                    ],
                 }
             )
         asked = (
@@ -424,10 +428,22 @@ def _row(picture: Picture, region: _Region, text: str) -> dict[str, Any]:
 def _in_view(
     components: Components, encoded: EncodedImages, position: int, prompt: Mapping[str, Any]
 ) -> bool:
-    """Whether the model can be shown the region: it may lie in what is cut off, or a moved box on the image's edge."""
+    """Whether the model can be shown the region: it may lie in what is cut off, or a moved box be without area.
+
+    Raises UserError for a region that no model can be shown.
+    """
     grid = components.config.data.regions.grid(components.preprocess.height_width)
     size = encoded.sizes[position]
+    if "box" in prompt:
+        if not box_area([prompt["box"]])[0] > 0:
+            return False
+        check_boxes([prompt["box"]])
+    elif "point" in prompt:
+        check_points([prompt["point"]])
+    else:
+        check_masks([prompt["mask"]], size)
     try:
+        # Whatever else there is to refuse is refused above.
         prompts_of(encoded.shown[position], image_size=size, mask_size=grid, regions=[prompt])
     except UserError:
         return False
@@ -435,14 +451,21 @@ def _in_view(
 
 
 def _swapped(value: Any, swap: Mapping[str, str]) -> Any:
-    """Strings, in whatever holds them, with words put in the place of others."""
+    """Strings, in whatever holds them, with whole words put in the place of others, in capitals where those are."""
     if isinstance(value, str):
-        return " ".join(swap.get(word, word) for word in value.split(" "))
+        return re.sub(r"\w+", lambda found: _in_case_of(found[0], swap), value)
     if isinstance(value, Mapping):
         return {key: _swapped(item, swap) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_swapped(item, swap) for item in value]
     return value
+
+
+def _in_case_of(word: str, swap: Mapping[str, str]) -> str:
+    if word in swap or word.lower() not in swap:
+        return swap.get(word, word)
+    other = swap[word.lower()]
+    return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
 
 
 def _score_dense(dense: Sequence[dict[str, Any]], scores: RegionScores) -> None:

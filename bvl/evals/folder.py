@@ -15,7 +15,7 @@ from bvl.data.sources import Source
 from bvl.errors import ConfigError, DataError
 from bvl.evals.base import Suite, fields_of, overlaps_training, same_place
 from bvl.evals.caption import Captions, has_facts
-from bvl.evals.folder_regions import region_makers
+from bvl.evals.folder_regions import options_of_regions, region_makers
 from bvl.evals.retrieval import Retrieval
 from bvl.evals.zeroshot import ZeroShot
 from bvl.tasks.caption import Caption
@@ -99,15 +99,18 @@ def suites_for(
     texts_per_image: so many texts of each record, of the fields caption, alt_text, findings and impression in this
     order, None = all; 1 = that of the first of these fields that there is.
     calibrate: presence of phrases is calibrated on all absent ones of these records; see `PhraseGrounding`.
-    captions: fields of the `Captions` suite; its references are the texts that the run was trained on, where the
-    records have them, else those of the first field.
-    Raises DataError if the records allow none, or no captions where `captions` asks for them; ConfigError for
-    `captions` of a run without the task.
+    captions: fields of the `Captions` suite; the suites of regions take those that they have too (max_images, and for
+      descriptions guidance, beams and length). References of captions are the texts that the run was trained on,
+      where the records have them, else those of the first field.
+    Raises DataError if the records allow none, or no captions where `captions` asks for them and for no descriptions;
+    ConfigError for `captions` that no task of the run is for, and for `calibrate` on records of the training.
     """
     if captions or only_captions:
         if config is None:
             raise ConfigError("captions are written by a run: give its config")
-        captioning_task_of(config)
+        others = () if only_captions else options_of_regions(config)
+        if only_captions or not set(captions or ()) <= set(others):
+            captioning_task_of(config)
     source = source_at(folder, config=config, image_column=image_column, text_column=text_column)
     records = source.read()
     name = name or records.name
@@ -121,6 +124,12 @@ def suites_for(
     select_split(records, split)  # a split that is not there is an error of its own
     source = dataclasses.replace(source, name=name, split=split)
     if config is not None and overlaps_training(config, source):
+        if calibrate:
+            raise ConfigError(
+                f"{name}: the model may have been trained on these records "
+                f"({f'split {split!r}' if split else 'all splits'}), and what it says of them is surer than of others: "
+                "calibrate on a split that was held out (--split)"
+            )
         logger.warning(
             "%s: THE MODEL MAY HAVE BEEN TRAINED ON THESE RECORDS (%s), so the results say little about new images; "
             "choose a split that was held out",
@@ -142,7 +151,7 @@ def suites_for(
     if config is not None and any(isinstance(task, Caption) for task in config.tasks.values()):
         makers["caption"] = lambda: _captions(source, config, captions or {})
     if not only_captions and config is not None:
-        makers |= region_makers(source, config, calibrate=calibrate)
+        makers |= region_makers(source, config, calibrate=calibrate, options=captions or {})
     if calibrate and "regions/grounding" not in makers:
         raise ConfigError("calibration is of the presence of phrases: the run has no task of type Grounding")
     for suite_name, make in makers.items():
@@ -150,14 +159,16 @@ def suites_for(
             suite = make()
             suite.check_records()
         except DataError as error:
-            if (suite_name == "caption" and captions) or (suite_name == "regions/grounding" and calibrate):
+            asked = captions and "regions/describe" not in makers
+            if (suite_name == "caption" and asked) or (suite_name == "regions/grounding" and calibrate):
                 raise
             reasons.append(f"no {suite_name}: {error}")
             logger.info("%s: no %s, since %s", name, suite_name, error)
             continue
         kind, slash, what = suite_name.partition("/")
         suites[f"{kind}_{name}{slash}{what}"] = suite
-    if not suites:
+    taken = any(suite.startswith(("caption_", "regions_")) for suite in suites)
+    if not suites or (captions and not taken):
         raise DataError(f"{folder}: nothing to evaluate.\n  " + "\n  ".join(reasons))
     return suites
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -38,7 +39,17 @@ from bvl.metrics.detection import average_precision, match_detections
 from bvl.metrics.masks import dice, instances_of
 from bvl.metrics.presence import area_under_risk_coverage, conformal_p_values, false_found_rate_at
 from bvl.runs import Components
-from bvl.tasks.locating import LocatedImage, calibrated_negatives, grounding_task_of, locate
+from bvl.tasks.locating import (
+    LocatedImage,
+    calibrated_negatives,
+    finds_boxes,
+    finds_masks,
+    grounding_task_of,
+    least_negatives,
+    locate,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +66,8 @@ class PhraseGrounding(Suite):
     share of absent ones found at the threshold that finds 90 % of those there; presence_auroc; aurc_at_50 is the area
     under the risk-coverage curve, where an answer is right if the phrase is there and its box has an IoU of 0.5;
     conformal_found_rate and conformal_false_found_rate are the shares of phrases there and absent with a p-value of at
-    most `alpha`.
+    most `alpha`. What needs boxes is left out of a run whose grounding was trained without them, and what needs masks
+    likewise.
 
     phrases: see `PhraseLists`. max_images: so many images, drawn by `seed`; None = all.
     by: a field of the records, or "phrase": dice, miou and acc_at_50 are given for each of its values too.
@@ -63,7 +75,8 @@ class PhraseGrounding(Suite):
       instead of the model's; a phrase that is not there has an IoU of 0.
     calibrate: which absent phrases become the held-out negatives of p-values: of "half" the groups, and the conformal
       rates are of the other half; of "all", and there are no rates; "none", and the rates are by the run's own
-      calibration, if it has one.
+      calibration, if it has one that was not made of these records. Fewer negatives than `alpha` can be told by, which
+      are ceil(1 / alpha) - 1, make no calibration and give no rates.
     min_area: pixels of the original that a part of a mask needs to be an instance.
     """
 
@@ -102,7 +115,9 @@ class PhraseGrounding(Suite):
         lists, left_out = phrases_to_find(
             record_set, components, self.phrases, max_images=self.max_images, seed=self.seed
         )
-        indices, unreadable, found = list(lists), [], _Found()
+        task = grounding_task_of(components.config)
+        indices, unreadable = list(lists), []
+        found = _Found(boxes=finds_boxes(task), masks=finds_masks(task))
         batch_size = min(self.region_batch_size, batch_size, len(indices))
         parts = read_pictures(record_set, indices, masks=True, batch_size=batch_size, unreadable=unreadable)
         for pictures in parts:
@@ -156,7 +171,8 @@ class PhraseGrounding(Suite):
             "num_absent": len(present) - sum(present),
         }
         iou, overlap = found.numbers("iou"), found.numbers("dice")
-        _box_metrics(scores, "", iou)
+        if found.boxes:
+            _box_metrics(scores, "", iou)
         if np.isfinite(overlap).any():
             scores.mean("dice", overlap)
         if found.instances:
@@ -178,7 +194,6 @@ class PhraseGrounding(Suite):
         present, logit = np.array(found.column("present")), found.numbers("logit")
         if not (~present).any():
             return None, "none: no phrase is known to be absent"
-        right = present & (np.nan_to_num(found.numbers("iou")) >= 0.5)
 
         def rate(rows: np.ndarray) -> float:
             rows, there = logit[rows], present[rows]
@@ -186,51 +201,57 @@ class PhraseGrounding(Suite):
 
         scores.of_rows("false_found_rate_at_90", rate)
         scores.of_rows("presence_auroc", lambda rows: auroc(logit[rows], present[rows]))
-        scores.of_rows("aurc_at_50", lambda rows: area_under_risk_coverage(logit[rows], right[rows]))
+        if found.boxes:
+            right = present & (np.nan_to_num(found.numbers("iou")) >= 0.5)
+            scores.of_rows("aurc_at_50", lambda rows: area_under_risk_coverage(logit[rows], right[rows]))
         held = np.array([self.calibrate == "all" or is_held_out(str(group)) for group in scores.groups])
-        calibration = None
+        split_hash = self.opened().split_hash()
         if self.calibrate == "none":
-            negatives, judged, note = (
-                np.array(calibrated_negatives(components) or []),
-                np.ones(len(logit), bool),
-                "none",
-            )
-            if len(negatives):
-                note = {"of": "the run", "alpha": self.alpha, "num_negatives": len(negatives)}
+            negatives, judged = np.array(calibrated_negatives(components) or []), np.ones(len(logit), bool)
+            if not len(negatives):
+                return None, "none"
+            if components.calibration.get("split_hash") == split_hash:
+                return (
+                    None,
+                    "none: these records made the run's calibration, so its rates on them mean nothing",
+                )
         else:
             negatives, judged = np.sort(logit[held & ~present]), ~held
-            note = {
-                "of": "all groups"
-                if self.calibrate == "all"
-                else "half of the groups, the rates of the others",
-                "alpha": self.alpha,
-                "num_negatives": len(negatives),
-            }
-            if len(negatives):
-                calibration = {
-                    "negatives": negatives.tolist(),
-                    "num_positives": int((held & present).sum()),
-                    "source": self.opened().name,
-                    "split": self.source.split,
-                    "split_hash": self.opened().split_hash(),
-                    "weights_hash": components.weights_hash(),
-                    "step": components.step,
-                }
-        if len(negatives):
-            p_values = conformal_p_values(logit, negatives)
-            is_found = np.where(judged, p_values <= self.alpha, np.nan)
-            for row, p in zip(found.rows, p_values, strict=True):
-                row["p_value"] = float(p)
-            if judged.any():
-                scores.mean("conformal_found_rate", np.where(present, is_found, np.nan))
-                scores.mean("conformal_false_found_rate", np.where(present, np.nan, is_found))
+        least = least_negatives(self.alpha)
+        if len(negatives) < least:
+            note = f"none: of {len(negatives)} absent phrases, and alpha={self.alpha:g} needs {least} or more"
+            if self.calibrate == "all":
+                logger.warning("%s: no calibration is made, it would be %s", self.opened().name, note[6:])
+            return None, note
+
+        p_values = conformal_p_values(logit, negatives)
+        is_found = np.where(judged, p_values <= self.alpha, np.nan)
+        for row, p in zip(found.rows, p_values, strict=True):
+            row["p_value"] = float(p)
+        if judged.any():
+            scores.mean("conformal_found_rate", np.where(present, is_found, np.nan))
+            scores.mean("conformal_false_found_rate", np.where(present, np.nan, is_found))
+        of = {"all": "all groups", "half": "half of the groups, the rates of the others", "none": "the run"}
+        note = {"of": of[self.calibrate], "alpha": self.alpha, "num_negatives": len(negatives)}
+        if self.calibrate == "none":
+            return None, note
+        calibration = {
+            "negatives": negatives.tolist(),
+            "num_positives": int((held & present).sum()),
+            "source": self.opened().name,
+            "split": self.source.split,
+            "split_hash": split_hash,
+            "weights_hash": components.weights_hash(),
+            "step": components.step,
+        }
         return calibration, note
 
 
 class _Found:
-    """What was found, a row for each image and phrase."""
+    """What was found, a row for each image and phrase. boxes, masks: whether the model has learnt them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, boxes: bool, masks: bool) -> None:
+        self.boxes, self.masks = boxes, masks
         self.rows: list[dict[str, Any]] = []
         # Of rows whose true instances are known: the row, IoUs [parts, true], scores of the parts.
         self.instances: list[tuple[int, Float[np.ndarray, "d g"], Float[np.ndarray, " d"]]] = []
@@ -252,7 +273,7 @@ class _Found:
                 "by": phrase.text if by == "phrase" else picture.record.get(by) if by else None,
                 "phrase": phrase.text,
                 "present": phrase.present,
-                "box": located.boxes[k].tolist(),
+                "box": located.boxes[k].tolist() if self.boxes else None,
                 "logit": logit,
             }
             if phrase.present:
@@ -261,8 +282,10 @@ class _Found:
                 if not len(true):
                     # A named mask without a pixel.
                     continue
-                row |= {"true_boxes": true.tolist(), "iou": nearest_iou(located.boxes[k], true)}
-                shown = picture.shown(phrase.members, located.transformed)
+                row["true_boxes"] = true.tolist()
+                if self.boxes:
+                    row["iou"] = nearest_iou(located.boxes[k], true)
+                shown = picture.shown(phrase.members, located.transformed) if self.masks else None
                 if shown is not None:
                     alone = dataclasses.replace(
                         located, mask_logits=located.mask_logits[k : k + 1], size=shown.shape

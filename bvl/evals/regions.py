@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
 from bvl.data.geometry import box_area
+from bvl.data.images import open_image
 from bvl.data.phrases import entry_phrases, known_absent, read_mark
 from bvl.data.regions import Regions, Visible, entry_boxes, region_entries
 from bvl.data.sources import RecordSet
@@ -203,7 +204,7 @@ def read_pictures(
 ) -> Iterator[list[Picture]]:
     """The records' pictures in order, a few batches at a time, decoded by threads; those without are added to `unreadable`.
 
-    Raises DataError if none can be read.
+    Masks of another resolution are brought to their image's. Raises DataError if none can be read.
     """
 
     def load(position: int) -> Picture | ImageError:
@@ -212,6 +213,8 @@ def read_pictures(
             record = record_set.load(index, mask=masks)
         except ImageError as error:
             return error
+        if record.get("mask") is not None:
+            record = record | {"mask": _of_size(record["mask"], open_image(record["image"]).size[::-1])}
         entries = region_entries(record)
         return Picture(index, record, entries, entry_boxes(entries, record.get("mask")))
 
@@ -231,6 +234,16 @@ def read_pictures(
             yield pictures
     if not any_read:
         raise DataError(f"{describe(record_set)}: no image can be read; the first: {unreadable[0]['error']}")
+
+
+def _of_size(mask: Int[np.ndarray, "i j"], size: tuple[int, int]) -> Int[np.ndarray, "h w"]:
+    """The mask's nearest pixels at another size (height, width)."""
+    if mask.shape == size:
+        return mask
+    rows, columns = (
+        ((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, mask.shape, strict=True)
+    )
+    return mask[rows[:, None], columns]
 
 
 def nearest_iou(box: Float[np.ndarray, " 4"], true: Float[np.ndarray, "n 4"]) -> float:
