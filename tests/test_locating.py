@@ -22,7 +22,7 @@ from bvl.tasks import locating
 from bvl.tasks.contrastive import embed_texts
 from bvl.tasks.detection import Detection
 from bvl.tasks.grounding import Grounding
-from bvl.tasks.locating import PHRASES_AT_ONCE, detect, ground, heat_maps, segment
+from bvl.tasks.locating import PHRASES_AT_ONCE, detect, ground, heat_maps, least_negatives, segment
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -158,7 +158,25 @@ def test_an_image_is_encoded_once(components, images, monkeypatch):
     assert calls == [2, 1] and texts == phrases
 
 
-def test_calibration_decides_what_is_found(components, images):
+@pytest.mark.parametrize(("alpha", "least"), [(0.1, 9), (0.05, 19), (0.07, 14), (0.01, 99), (0.9, 1)])
+def test_the_least_calibration(alpha, least):
+    assert least_negatives(alpha) == least and 1 / (1 + least) <= alpha < 1 / least
+
+
+def test_what_a_run_has_not_learnt_is_refused(components, images):
+    def trained_without(*fields):
+        task = Grounding(**dict.fromkeys(fields, 0.0))
+        return dataclasses.replace(
+            components, config=dataclasses.replace(components.config, tasks={"find": task})
+        )
+
+    with pytest.raises(ConfigError, match=r"without boxes of phrases \(tasks.find.l1=0, "):
+        ground(trained_without("l1", "giou", "score"), images, ["nodule"])
+    with pytest.raises(ConfigError, match=r"without masks of phrases \(tasks.find.bce=0"):
+        segment(trained_without("bce", "dice"), images, ["nodule"])
+
+
+def test_calibration_decides_what_is_found(components, images, caplog):
     phrases = ["nodule", "left lung", "effusion", "right lung"]
     (plain,) = ground(components, images[:1], phrases, batch_size=BATCH)
     assert np.isnan(plain.p_values).all()
@@ -171,8 +189,12 @@ def test_calibration_decides_what_is_found(components, images):
     np.testing.assert_allclose(found.p_values, np.where(logits > middle, 1, 2) / 21, rtol=1e-5)
     np.testing.assert_array_equal(found.found, logits > middle)
     same(found, plain)
-    (strict,) = ground(run, images[:1], phrases, alpha=0.04, batch_size=BATCH)
-    assert not strict.found.any()
+    # 20 absent phrases cannot tell a twenty-fifth.
+    with caplog.at_level("WARNING"):
+        (strict,) = ground(run, images[:1], phrases, alpha=0.04, batch_size=BATCH)
+    assert "at least 24 absent phrases, and calibration.json has 20" in caplog.text
+    np.testing.assert_array_equal(strict.p_values, found.p_values)
+    np.testing.assert_array_equal(strict.found, plain.found)
     stale = dataclasses.replace(components, calibration={**calibration, "weights_hash": "other"})
     assert np.isnan(ground(stale, images[:1], phrases, batch_size=BATCH)[0].p_values).all()
 
@@ -193,6 +215,8 @@ def test_objects_by_name(components, images, monkeypatch):
     np.testing.assert_allclose(found.scores, [0.9, 0.8, 0.5])
     expected = [(x0, 2 * y0 - 0.5, x1, 2 * y1 - 0.5) for x0, y0, x1, y1 in (boxes[2], boxes[1], boxes[0])]
     np.testing.assert_allclose(found.boxes, expected, atol=1e-6)
+    (twice,) = detect(run, images[:1], ["*nodule*", "mass", "nodule"], batch_size=BATCH)
+    assert twice.names == found.names
     (few,) = detect(run, images[:1], ["nodule", "mass"], batch_size=BATCH, max_detections=1)
     assert few.names == ["mass"]
     (strict,) = detect(run, images[:1], ["nodule", "mass"], batch_size=BATCH, threshold=0.85)
@@ -237,7 +261,7 @@ def test_heat_maps(components, images, monkeypatch, resize):
     )
     y, x = {"shortest_crop": (0.375, 0.5625), "squash": (0.375, 0.625), "pad": (0.25, 0.625)}[resize]
     for sigma in (0.0, 0.5):
-        ((found,),) = heat_maps(run, images[:1], ["nodule"], sigma=sigma, batch_size=BATCH)
+        ((found,),) = heat_maps(run, images[:1], ["*nodule*"], sigma=sigma, batch_size=BATCH)
         peak = np.unravel_index(np.nanargmax(found), found.shape)
         assert abs((peak[0] + 0.5) / HEIGHT - y) < 0.05 and abs((peak[1] + 0.5) / WIDTH - x) < 0.05
         assert (np.nanmax(found) > 0.8) == (sigma == 0)

@@ -160,6 +160,7 @@ def test_objects_are_detected_by_name(model, images):
         ({"regions": [[{"circle": 3}], []]}, "is no region"),
         ({"boxes": [[BOX], []], "guidance_null": "controls"}, "choose image, region or both"),
         ({"boxes": [[BOX], []], "beams": 0}, "beams=0"),
+        ({"boxes": [[BOX], []], "best_of": 4}, "best_of: texts of regions are not chosen"),
         ({"boxes": [[BOX], []], "max_length": 99}, "max_length=99"),
         ({"boxes": [[BOX], []], "length": 99}, "length=99"),
         ({"boxes": [[BOX], []], "language_model": "no_such_run"}, "no_such_run is no run folder"),

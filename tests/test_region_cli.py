@@ -41,7 +41,6 @@ def model(monkeypatch):
     answers = {
         "describe": lambda regions: [f"text {i}" for i in range(len(regions[0]))],
         "ground": GROUNDED,
-        "segment": PROBABILITIES,
         "heat_maps": HEAT,
         "detect": found,
     }
@@ -63,6 +62,14 @@ def model(monkeypatch):
         **{name: method(name) for name in answers}, calls=calls, loaded=loaded, answers=answers
     )
     stub.config = SimpleNamespace(tasks={"grounding": Grounding()})
+    stub.components = SimpleNamespace(calibration=None)
+
+    def locate(components, images, phrases, *, batch_size):
+        assert components is stub.components and [image.size for image in images] == [(30, 20)]
+        calls.append(("locate", (phrases,), {"batch_size": batch_size}))
+        yield SimpleNamespace(presence=np.array([2.0, -2.0]), masks=lambda: PROBABILITIES)
+
+    monkeypatch.setattr("bvl.tasks.locating.locate", locate)
     monkeypatch.setattr("bvl.train.environment.enable_compilation_cache", lambda: None)
     monkeypatch.setattr("bvl.api.load", lambda run, **options: loaded.append((run, options)) or stub)
     return stub
@@ -162,9 +169,16 @@ def test_masks_of_phrases_are_written(image, model, drawn, tmp_path, capsys):
     assert [first["mask"], second["mask"]] == files
     assert first["box"] == [0.1, 0.25, 0.3, 0.75] and first["area"] == 0.1 and first["found"]
     assert second["box"] is None and second["area"] == 0
+    assert (first["score"], second["found"], second["p_value"]) == (0.8808, False, None)
+    assert [name for name, *_ in model.calls] == ["locate"], "one pass"
     np.testing.assert_array_equal(np.asarray(Image.open(files[0])), (PROBABILITIES[0] > 0) * np.uint8(255))
     assert not np.asarray(Image.open(files[1])).any()
     assert len(drawn[0]["masks"]) == 1 and drawn[0]["notes"] == ["not found: left right LUNG"]
+    model.config.tasks = {"grounding": Grounding(l1=0, giou=0, score=0)}
+    assert run("segment", "run", image, *words) == 0, "boxes are not needed"
+    model.config.tasks = {"grounding": Grounding(bce=0, dice=0)}
+    assert run("segment", "run", image, *words) == 1
+    assert "without masks" in capsys.readouterr().err
 
 
 def test_objects_are_detected(image, model, drawn, tmp_path, capsys):
@@ -176,6 +190,10 @@ def test_objects_are_detected(image, model, drawn, tmp_path, capsys):
         "platelet",
         "--threshold",
         "0.2",
+        "--iou-threshold",
+        "0.6",
+        "--max-detections",
+        "7",
         "--out",
         str(tmp_path / "o.png"),
     )
@@ -184,7 +202,8 @@ def test_objects_are_detected(image, model, drawn, tmp_path, capsys):
         {"name": "cell", "box": [0, 0, 0.5, 0.5], "score": 0.8},
         {"name": "cell", "box": [0.5, 0.5, 1, 1], "score": 0.4},
     ]
-    assert model.calls == [("detect", (["cell", "platelet"],), {"threshold": 0.2, "batch_size": 1})]
+    options = {"threshold": 0.2, "iou_threshold": 0.6, "max_detections": 7, "batch_size": 1}
+    assert model.calls == [("detect", (["cell", "platelet"],), options)]
     assert drawn[0]["notes"] == ["not found: platelet"] and drawn[0]["groups"] == ["cell", "cell"]
     model.answers["detect"] = Detections(np.zeros((0, 4), np.float32), [], np.zeros(0, np.float32))
     assert run(*words) == 0
