@@ -65,10 +65,10 @@ class RegionDescriptions(Suite):
 
     name_accuracy: share of texts whose first known name (of several at one place the longest) is the region's;
     recall/<name> is that share among regions of one name, and name_balanced_accuracy their mean over the true names.
-    name_stated: share of texts that hold the region's name as whole words, wherever. rouge_l compares with the references. word_accuracy/<group>: among regions whose references
-    hold exactly one word of the group, the share of texts with this word and no other of the group;
-    word_stated/<group>: the share with any. length_within_1 and length_exact: shares of texts as long as was asked
-    for, in words. mean_length: words written.
+    name_stated: share of texts that hold the region's name as whole words, wherever. rouge_l compares with the
+    references. word_accuracy/<group>: among regions whose references hold exactly one word of the group, the share of
+    texts with this word and no other of the group; word_stated/<group>: the share with any. length_within_1 and
+    length_exact: shares of texts as long as was asked for, in words. mean_length: words written.
 
     kind: what points at a region. A "point" is the box's centre, or the pixel of the region's mask that is nearest to
       it; a region without a mask is left out where kind is "mask".
