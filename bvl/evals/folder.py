@@ -19,7 +19,7 @@ from bvl.evals.folder_regions import options_of_regions, region_makers
 from bvl.evals.retrieval import Retrieval
 from bvl.evals.zeroshot import ZeroShot
 from bvl.tasks.caption import Caption
-from bvl.tasks.captioning import captioning_task_of
+from bvl.tasks.captioning import captioning_task_of, name_of
 from bvl.tasks.contrastive import has_contrastive
 
 logger = logging.getLogger(__name__)
@@ -179,14 +179,8 @@ def _trained_splits(config: Config | None, folder: str) -> set[str | None]:
     return {source.split for source in trained if same_place(source, Source(root=folder))}
 
 
-def _captioner(config: Config) -> str:
-    """The name of a run's captioning task."""
-    task = captioning_task_of(config)
-    return next(name for name, other in config.tasks.items() if other is task)
-
-
 def _captions(source: Source, config: Config, options: Mapping[str, Any]) -> Suite:
-    suite = Captions(source=source, task=_captioner(config), **options)
+    suite = Captions(source=source, task=name_of(config, captioning_task_of(config)), **options)
     suite.check_config(config)
     record_set = suite.opened()
     records = [record_set.describe(i) for i in range(len(record_set))]
