@@ -300,15 +300,22 @@ class Model:
         )
 
     def heat_maps(
-        self, images: Iterable[Any], phrases: Phrases, *, sigma: float = 0.5, batch_size: int = 16
+        self,
+        images: Iterable[Any],
+        phrases: Phrases,
+        *,
+        against: Phrases | None = None,
+        sigma: float = 0.5,
+        batch_size: int = 16,
     ) -> list[Float[np.ndarray, "k h w"]]:
         """For each image and phrase the likeness of every pixel's patch to it, by a model trained without boxes.
 
-        Cosines, NaN where preprocessing cut the original off. sigma: of the Gaussian that smooths them, in patches.
+        Cosines, NaN where preprocessing cut the original off. against: for each phrase another, such as "without a nodule"
+        for "with a nodule", whose likeness is taken off. sigma: of the Gaussian that smooths them, in patches.
         Raises UserError for phrases that cannot be used, and ConfigError for a run without a contrastive task.
         """
         return locating.heat_maps(
-            self.components, _several(images), phrases, sigma=sigma, batch_size=batch_size
+            self.components, _several(images), phrases, against=against, sigma=sigma, batch_size=batch_size
         )
 
     def evaluate(

@@ -241,6 +241,16 @@ def test_objects_by_the_model(components, images):
     np.testing.assert_allclose(alone.scores, found[2].scores[chosen], rtol=1e-3, atol=1e-5)
 
 
+def test_heat_maps_against_another_phrase(components, images):
+    """The difference of the two phrases' maps; tolerance of f32 sums."""
+    options = {"sigma": 0.0, "batch_size": BATCH}
+    (single,) = heat_maps(components, images[:1], ["nodule", "left lung"], **options)
+    (found,) = heat_maps(components, images[:1], ["nodule"], against=["left lung"], **options)
+    np.testing.assert_allclose(found[0], single[0] - single[1], atol=1e-5)
+    with pytest.raises(UserError, match="one phrase for each"):
+        heat_maps(components, images[:1], ["nodule"], against=["left lung", "right lung"], **options)
+
+
 @pytest.mark.parametrize("resize", list(ORIGINAL))
 def test_heat_maps(components, images, monkeypatch, resize):
     """A patch that is like the phrase is the peak, where it lies in the original image."""

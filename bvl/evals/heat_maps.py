@@ -36,11 +36,14 @@ class HeatMapPointing(Suite):
     the boxes cover, also given as area_share. cnr: the contrast-to-noise ratio of the inside of the boxes and the
     rest, a mean over phrases; cnr_signed is below 0 where the map is lower inside.
 
-    phrases: see `PhraseLists`. sigma: smoothing, in patches. max_images: so many images, drawn by `seed`; None = all.
+    phrases: see `PhraseLists`. template: what is said of a phrase, such as "with a {}"; against: what its map is taken
+      off for, such as "without a {}". sigma: smoothing, in patches. max_images: so many images, drawn by `seed`; None = all.
     """
 
     source: Source
     phrases: str | dict[str, float] | tuple[str, ...] | None = None
+    template: str = "{}"
+    against: str | None = None
     sigma: float = 0.5
     max_images: int | None = None
     seed: int = 0
@@ -48,6 +51,9 @@ class HeatMapPointing(Suite):
 
     def __post_init__(self):
         check_wanted(self.phrases)
+        for name in ("template", "against"):
+            if "{}" not in (getattr(self, name) or "{}"):
+                raise ConfigError(f"{name}={getattr(self, name)!r} has no {{}} for the phrase")
         if self.sigma < 0:
             raise ConfigError(f"sigma={self.sigma}: must not be negative")
         for name in ("max_images", "region_batch_size"):
@@ -85,10 +91,16 @@ class HeatMapPointing(Suite):
             # Maps are as large as the originals: a batch at a time.
             for start in range(0, len(pictures), batch_size):
                 some = pictures[start : start + batch_size]
+                named = [[phrase.text for phrase in lists[picture.index]] for picture in some]
+                told, denied = (
+                    template and [[template.replace("{}", text) for text in row] for row in named]
+                    for template in (self.template, self.against)
+                )
                 maps = heat_maps(
                     components,
                     [picture.record["image"] for picture in some],
-                    [[phrase.text for phrase in lists[picture.index]] for picture in some],
+                    told,
+                    against=denied,
                     sigma=self.sigma,
                     batch_size=batch_size,
                 )

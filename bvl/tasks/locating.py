@@ -354,11 +354,14 @@ def heat_maps(
     images: Sequence[Any],
     phrases: Sequence[str] | Sequence[Sequence[str]],
     *,
+    against: Sequence[str] | Sequence[Sequence[str]] | None = None,
     sigma: float = 0.5,
     batch_size: int = 16,
 ) -> list[Float[np.ndarray, "k h w"]]:
     """For each image the likeness of every pixel's patch to each phrase, by a contrastive model without boxes.
 
+    against: for each phrase another one, such as its denial, whose likeness is taken off: what both share, as the kind of
+      image, then tells no place from another.
     The cosines of patch and text embeddings, smoothed by a Gaussian of `sigma` patches and interpolated (BioViL:
     Boecking et al. 2022, arXiv:2204.09817, section 4.2); NaN where the model did not see the original image.
     Raises ConfigError for a run without a contrastive task, UserError for phrases that cannot be used.
@@ -374,12 +377,17 @@ def heat_maps(
     lists = [
         [read_mark(phrase)[0] for phrase in row] for row in _phrase_lists(components, phrases, len(images))
     ]
-    distinct = list(dict.fromkeys(phrase for row in lists for phrase in row))
+    others = lists if against is None else _phrase_lists(components, against, len(images))
+    if any(len(a) != len(b) for a, b in zip(lists, others, strict=True)):
+        raise UserError("against: give one phrase for each of the phrases")
+    distinct = list(dict.fromkeys(phrase for row in (*lists, *others) for phrase in row))
     embeddings = dict(zip(distinct, embed_texts(components, distinct), strict=True))
     out = []
     for transformed, sizes, features in encode_regions(components, images, batch_size, "patch_embed"):
         for i, one in enumerate(transformed):
             text = np.stack([embeddings[phrase] for phrase in lists[len(out)]])
+            if against is not None:
+                text = text - np.stack([embeddings[phrase] for phrase in others[len(out)]])
             cosines = rearrange(features.patch_embed[i] @ text.T, "(h w) k -> k h w", h=features.grid[0])
             smooth = scipy.ndimage.gaussian_filter(cosines, (0, sigma, sigma), mode="nearest")
             out.append(to_original_pixels(smooth, one, sizes[i], outside=np.nan))

@@ -197,7 +197,12 @@ def _from_pairs(split: str, tasks: dict[str, Task]) -> Config:
         steps=600,
         batch_size=64,
         context=28,
-        suites={"regions_phantoms/heat_maps": HeatMapPointing(source=held_out, phrases="name")},
+        suites={
+            "regions_phantoms/heat_maps": HeatMapPointing(source=held_out, phrases="name"),
+            "regions_phantoms/denied": HeatMapPointing(
+                source=held_out, phrases="name", template="with a {}", against="without a {}"
+            ),
+        },
     )
 
 
