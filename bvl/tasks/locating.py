@@ -297,7 +297,7 @@ def detect(
 ) -> list[Detections]:
     """The objects of each image that go by one of `names`, best first.
 
-    threshold: least score, the product of the probabilities that there is an object and that the name fits.
+    threshold: least score, the geometric mean of the probabilities that there is an object and that the name fits.
     iou_threshold: of two boxes of one name that overlap more the better one stays.
     A name that is given twice counts once. Raises ConfigError for a run without a detection task, UserError for names
     that cannot be used.
@@ -458,7 +458,7 @@ def _detect(
     found: Located = apply(tokens, levels, grid, method="detect")
     names = jnp.broadcast_to(names, (len(tokens), *names.shape))
     fits = jax.nn.sigmoid(apply(found.embed, names, method="detection_logits"))
-    scores = fits * jax.nn.sigmoid(found.presence)[..., None]
+    scores = jnp.sqrt(fits * jax.nn.sigmoid(found.presence)[..., None])
     return jax.lax.with_sharding_constraint((found.boxes, scores, found.mask_logits), replicated(mesh))
 
 

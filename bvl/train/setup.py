@@ -286,12 +286,13 @@ def _at_image_size(start_from: Components, config: Config) -> Any:
 
 
 def _with_own_parts(given: Any, fresh: Any) -> Any:
-    """The given parameters without a text tower or decoder that this model has not; with a decoder that only it has."""
-    optional = {"text", "decoder"}
-    kept = {name: value for name, value in given.items() if name in fresh or name not in optional}
-    if "decoder" in fresh and "decoder" not in given:
-        logger.info("the decoder starts from fresh parameters")
-        kept["decoder"] = fresh["decoder"]
+    """The given parameters without a text tower or other part that this model has not; with parts that only it has."""
+    own = ("decoder", "region_encoder", "region_decoder")
+    kept = {name: value for name, value in given.items() if name in fresh or name not in ("text", *own)}
+    for name in own:
+        if name in fresh and name not in given:
+            logger.info("the %s starts from fresh parameters", name.replace("_", " "))
+            kept[name] = fresh[name]
     return kept
 
 

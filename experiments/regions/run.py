@@ -152,7 +152,9 @@ def main() -> None:
             continue
         overrides = [f"data.root={args.data}"] if arm in REAL else []
         if name == "bccd_pretrained":
-            overrides.append(f"init_from={runs / 'pretrain'}")
+            # Its vocabulary comes along, which has more tokens for the same names.
+            contexts = ("data.tokenizer.context_length=28", "data.regions.context_length=12")
+            overrides += [f"init_from={runs / 'pretrain'}", *contexts]
         results[name] = train(name, arm if arm in REAL else arm + split, runs, *overrides)
         source = get_config(f"set={arm}").data.train[0]
         if name in REAL:
