@@ -477,7 +477,7 @@ def test_a_folder_with_boxes_gets_the_suites_of_the_tasks(components, tmp_path):
     )
     assert {suite.max_images for name, suite in asked.items() if name.startswith("regions")} == {3}
     assert (asked["regions_p/describe"].beams, asked["regions_p/describe"].length) == (2, 4)
-    trained = Source(root=str(tmp_path / "p"))
+    trained = Source(root=str(tmp_path / "p"), text={"caption": 0.5, "impression": 0.5})
     seen = dataclasses.replace(
         components.config,
         tasks={"region_caption": RegionCaption(), "grounding": Grounding()},
