@@ -42,14 +42,14 @@ HELD_OUT = Source(phantoms=PHANTOMS, split="test", cache=True)
 
 def get_config() -> Config:
     return Config(
-        steps=1200,
+        steps=900,
         batch_size=64,
         model=DualEncoderConfig(
             image=ViTConfig("XS/8", stem="conv", depth=1, pool="mean"),
             text=TextConfig(width=96, depth=1, num_heads=3, causal=False, pool="mean"),
             decoder=DecoderConfig(width=96, depth=2, num_heads=3),
             region_encoder=RegionEncoderConfig(width=96, levels=(0, 1)),
-            region_decoder=RegionDecoderConfig(width=96, depth=1, mask_stride=2, pixel_width=24),
+            region_decoder=RegionDecoderConfig(width=96, depth=1, mask_stride=4, pixel_width=32),
             embed_dim=128,
         ),
         tasks={
@@ -64,12 +64,12 @@ def get_config() -> Config:
             tokenizer=TokenizerConfig(vocab_size=1000, context_length=28),
             controls=Controls(lengths=20),
             regions=Regions(
-                max_regions=2,
+                max_regions=1,
                 max_objects=8,
                 max_phrases=2,
                 text="texts",
                 kinds={"box": 0.4, "point": 0.3, "mask": 0.3},
-                mask_stride=2,
+                mask_stride=4,
                 context_length=12,
             ),
         ),

@@ -15,7 +15,8 @@ from bvl.decode.options import DecodeOptions
 from bvl.errors import UserError
 from bvl.models.vlm import normalize_image
 from bvl.tasks.caption import Caption
-from bvl.tasks.captioning import encode_for_captions, generate, write_captions
+from bvl.tasks.captioning import encode_for_captions, write_captions
+from bvl.tasks.writing_rows import generate
 
 # These tests compile far longer than they compute.
 pytestmark = pytest.mark.usefixtures("fast_compilation")

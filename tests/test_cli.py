@@ -160,6 +160,7 @@ def test_options_reach_what_reads_the_records(tmp_path, monkeypatch):
         "name": tmp_path.name,
         "config": "config",
         "captions": captions,
+        "calibrate": False,
     }
     options = ("--long-texts", "chunks", "--batch-size", "3")
     assert run("embed", "run", str(tmp_path), "--out", "x.npz", *columns, *options) == 1
