@@ -121,7 +121,7 @@ def table(results: dict[str, dict]) -> str:
         interval = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
         value = sum(metrics[n] for n in names) / len(names)
         lines.append(f"| {name} | {what} | {asked} | {value:.3f}{interval} |")
-    lines += ["", "Seconds of each run, one at a time: "]
+    lines += ["", "Seconds that the commands of each run took: "]
     lines[-1] += ", ".join(f"{name} {metrics['seconds']}" for name, metrics in results.items()) + "."
     return "\n".join(lines) + "\n"
 
