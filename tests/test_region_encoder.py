@@ -12,8 +12,8 @@ from bvl.errors import ConfigError
 from bvl.mesh import unbox
 from bvl.models.features import RegionPrompts
 from bvl.models.layers import Block
-from bvl.models.region_encoder import RegionEncoder, RegionEncoderConfig
-from bvl.models.roi_align import mask_coverage
+from bvl.models.region_encoder import RegionEncoder, RegionEncoderConfig, point_squares
+from bvl.models.roi_align import box_coverage, mask_coverage
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -192,7 +192,10 @@ def test_the_mask_embedding_is_nothing_at_first():
     np.testing.assert_allclose(
         behind.reshape(IMAGES, REGIONS, -1, WIDTH), np.repeat(alone[:, None], REGIONS, 1), atol=1e-6
     )
-    covered = np.asarray(mask_coverage(prompts.mask, GRID)).reshape(IMAGES, REGIONS, -1)
+    covered = np.asarray(mask_coverage(prompts.mask, GRID))
+    # A point stands for a square around it.
+    squares = np.asarray(box_coverage(point_squares(prompts, module.config.point_extent), GRID))
+    covered = np.where((prompts.kind == 1)[..., None, None], squares, covered).reshape(IMAGES, REGIONS, -1)
     means = [[np.average(alone[i], 0, covered[i, r]) for r in range(REGIONS)] for i in range(IMAGES)]
     means = np.array(means)
     norm = params["pooled_norm"]
