@@ -84,8 +84,10 @@ class MetricsLog:
         row = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._rows.write({"step": step, **row})
         if self._tensorboard is not None:
-            for key, value in metrics.items():
-                self._tensorboard.add_scalar(key, value, step)
+            for key, value in row.items():
+                # Where nothing was counted there is no point to draw.
+                if value is not None:
+                    self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.write(step, metrics)
 
