@@ -9,6 +9,9 @@ import numpy as np
 from tiny_model import tiny_components
 
 from bvl.api import Model
+from bvl.data.pipeline import Pipeline, training_texts
+from bvl.data.sources import RecordSet
+from bvl.data.text import Tokenizer
 from bvl.mesh import unbox
 from bvl.models.region_decoder import RegionDecoderConfig
 from bvl.models.region_encoder import RegionEncoderConfig
@@ -47,3 +50,16 @@ def region_model() -> Model:
     encoder = Encoder(model, config.data.preprocess, base.encoder.mesh)
     params = {"model": params, "heads": {}}
     return Model(dataclasses.replace(base, model=model, params=params, config=config, encoder=encoder))
+
+
+def first_batch(config):
+    """(tokenizer trained on the config's texts, first batch of its tasks)."""
+    sets = [RecordSet(source) for source in config.data.sources()]
+    texts = training_texts(sets, config.data.controls, config.data.regions)
+    tokenizer = Tokenizer.train(texts, config.data.tokenizer)
+    pipeline = Pipeline(
+        config.data, sets=sets, keys_of_tasks={name: task.fields() for name, task in config.tasks.items()},
+        tokenizer=tokenizer, classes=(), batch_size=config.batch_size, seed=0,
+    )  # fmt: skip
+    ((batch, _),) = pipeline.batches(start=0, stop=1)
+    return tokenizer, batch

@@ -117,7 +117,7 @@ def caption_suite(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_given(args: argparse.Namespace) -> dict[str, object]:
-    """What was said of the options of `_decoding` and `_caption_suite`; a verb has no others of these names."""
+    """What was said of the options of `decoding` and `caption_suite`; a verb has no others of these names."""
     names = (*DECODING, "max_images", "lexicon")
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 

@@ -26,6 +26,7 @@ from bvl.evals.regions import (
     REGION_BATCH,
     Picture,
     RegionScores,
+    by_record,
     groups_of,
     read_pictures,
     some_of,
@@ -198,9 +199,7 @@ class RegionDescriptions(Suite):
                     out, groups_of(record_set, [d["index"] for d in dense]), record_set.group_unit()
                 ),
             )
-        examples: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
-        for row in rows:
-            examples[row["index"]].append({k: v for k, v in row.items() if k != "index" and v is not None})
+        examples = by_record(rows)
         return EvalResult(
             out.metrics,
             provenance(

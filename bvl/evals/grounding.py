@@ -24,6 +24,7 @@ from bvl.evals.regions import (
     Phrase,
     Picture,
     RegionScores,
+    by_record,
     check_wanted,
     groups_of,
     instance_ious,
@@ -135,11 +136,7 @@ class PhraseGrounding(Suite):
         scores = RegionScores(out, groups, record_set.group_unit())
         self._places(found, scores)
         calibration, note = self._presence(components, found, scores)
-        examples: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
-        for row in found.rows:
-            examples[row["index"]].append(
-                {k: v for k, v in row.items() if k not in ("index", "by") and v is not None}
-            )
+        examples = by_record(found.rows, "by")
         return EvalResult(
             out.metrics,
             provenance(

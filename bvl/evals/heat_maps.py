@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from typing import Any
 
@@ -17,6 +16,7 @@ from bvl.evals.base import Cache, Collector, EvalResult, Suite, provenance
 from bvl.evals.regions import (
     REGION_BATCH,
     RegionScores,
+    by_record,
     check_wanted,
     groups_of,
     phrases_to_find,
@@ -125,10 +125,7 @@ class HeatMapPointing(Suite):
         chance = float(np.mean(columns["area_share"]))
         for name, values in columns.items():
             scores.mean(name, values, chance=chance if name == "pointing_game" else None)
-        examples: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
-        for row in rows:
-            known = {k: v for k, v in row.items() if k != "index" and v == v}
-            examples[row["index"]].append(known)
+        examples = by_record(rows)
         return EvalResult(
             out.metrics,
             provenance(

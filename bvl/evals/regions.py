@@ -283,6 +283,16 @@ class RegionScores(Scores):
         self.found.add(name, everything, bootstrap_interval(statistic, self.groups, **self._options))
 
 
+def by_record(rows: Sequence[Mapping[str, Any]], *without: str) -> dict[int, list[dict[str, Any]]]:
+    """Index of the record -> its rows, for a suite's examples: no "index", nothing of `without`, no None and no NaN."""
+    out: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
+    for row in rows:
+        # NaN is the one value that is not itself.
+        known = {k: v for k, v in row.items() if k not in ("index", *without) and v is not None and v == v}
+        out[row["index"]].append(known)
+    return out
+
+
 def groups_of(record_set: RecordSet, indices: Sequence[int]) -> list[Hashable]:
     """The group of each record."""
     groups = record_set.groups()

@@ -6,12 +6,10 @@ import functools
 import numpy as np
 import pytest
 from test_step import LARGE, SGD, assert_close, build, named, one_device
+from tiny_regions import first_batch
 from tiny_run import fast_compilation, tiny_config  # noqa: F401
 
-from bvl.data.pipeline import Pipeline, training_texts
 from bvl.data.regions import KINDS, Regions
-from bvl.data.sources import RecordSet
-from bvl.data.text import Tokenizer
 from bvl.mesh import MeshConfig, make_mesh, to_global
 from bvl.models.decoder import DecoderConfig
 from bvl.models.region_decoder import RegionDecoderConfig
@@ -57,15 +55,7 @@ def a_config():
 
 @functools.cache
 def data():
-    config = a_config()
-    sets = [RecordSet(source) for source in config.data.sources()]
-    texts = training_texts(sets, config.data.controls, config.data.regions)
-    tokenizer = Tokenizer.train(texts, config.data.tokenizer)
-    pipeline = Pipeline(
-        config.data, sets=sets, keys_of_tasks={name: task.fields() for name, task in TASKS.items()},
-        tokenizer=tokenizer, classes=(), batch_size=config.batch_size, seed=0,
-    )  # fmt: skip
-    ((batch, _),) = pipeline.batches(start=0, stop=1)
+    tokenizer, batch = first_batch(a_config())
     # Rows, and with them devices, that differ in what they have.
     return tokenizer, batch | {"image_valid": np.arange(len(batch["row"])) != 3}
 
