@@ -23,3 +23,7 @@ class CheckpointError(UserError):
 
 class RunFolderError(UserError):
     """A run folder that is in use, belongs to another config, or is incomplete."""
+
+
+class ConversionError(UserError):
+    """Weights, or a config of another library, that bvl cannot take over or hand on."""
