@@ -130,12 +130,17 @@ def write_atomic(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def embedding_rows(config: config_lib.Config, tokenizer: Tokenizer) -> int:
+    """Rows of the token embeddings: one for each id, or as many as an imported model brings."""
+    return max(tokenizer.vocab_size, config.data.tokenizer.embedding_rows or 0)
+
+
 def build_model(config: config_lib.Config, tokenizer: Tokenizer) -> DualEncoder:
     """The model of a config; vocabulary, context and image size come from the tokenizer and the preprocessing."""
     return DualEncoder(
         config.model,
         image_size=config.data.preprocess.height_width,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=embedding_rows(config, tokenizer),
         context_length=tokenizer.context_length,
         pad_id=tokenizer.pad_id,
         end_id=tokenizer.end_id,
@@ -267,7 +272,7 @@ def load_components(
     for file in (run.tokenizer, run.preprocess):
         if not file.is_file():
             raise RunFolderError(f"{run.path} is incomplete: {file.name} is missing; did its training start?")
-    tokenizer = Tokenizer.load(run.tokenizer, config.data.tokenizer.context_length)
+    tokenizer = Tokenizer.of(run.tokenizer, config.data.tokenizer)
     preprocess = Preprocess.from_dict(json.loads(run.preprocess.read_text()))
     classes = tuple(json.loads(run.classes.read_text())) if run.classes.is_file() else ()
     if not run.checkpoints.is_dir():
@@ -286,7 +291,7 @@ def load_components(
     finally:
         checkpoints.close()
     model = build_model(config, tokenizer)
-    check_vocabulary(params["model"], tokenizer, str(run.path))
+    check_vocabulary(params["model"], tokenizer, str(run.path), rows=embedding_rows(config, tokenizer))
     encoder = Encoder(model, preprocess, mesh)
     calibration = json.loads(run.calibration.read_text()) if run.calibration.is_file() else None
     return Components(
@@ -317,12 +322,16 @@ def _choose(checkpoints: Checkpoints, wanted: str | int, config: config_lib.Conf
     return int(wanted)
 
 
-def check_vocabulary(params: Any, tokenizer: Tokenizer, where: str) -> None:
-    """Raise CheckpointError unless the token embeddings have a row for every id of the tokenizer."""
+def check_vocabulary(params: Any, tokenizer: Tokenizer, where: str, *, rows: int | None = None) -> None:
+    """Raise CheckpointError unless the token embeddings have a row for every id of the tokenizer.
+
+    rows: how many they should have, where it is more (`embedding_rows`).
+    """
+    wanted = tokenizer.vocab_size if rows is None else rows
     for part in ("text", "decoder"):
-        rows = params[part]["token_embed"].shape[0] if part in params else tokenizer.vocab_size
-        if rows != tokenizer.vocab_size:
+        found = params[part]["token_embed"].shape[0] if part in params else wanted
+        if found != wanted:
             raise CheckpointError(
-                f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the checkpoint's {part} {rows}; "
+                f"{where}: the tokenizer has {wanted} tokens, the checkpoint's {part} {found}; "
                 f"use the tokenizer.json that was saved with the checkpoint"
             )

@@ -369,3 +369,9 @@ def test_a_frozen_text_tower_needs_no_controls(monkeypatch):
     assert load_frozen(config, grown) == {"teacher": teacher}
     with pytest.raises(ConfigError, match="another vocabulary"):
         load_frozen(config, make_tokenizer(Controls(lengths=5), vocab_size=60))
+
+
+def test_a_decoder_needs_a_start_token(tokenizer):
+    without = Tokenizer(tokenizer._model, 12, start="")
+    with pytest.raises(ConfigError, match=r"no start token.*data\.tokenizer\.start"):
+        ALL.prefix(without, length=3)

@@ -121,6 +121,48 @@ def test_save_and_load(tokenizer, tmp_path):
     assert other.hash != tokenizer.hash
 
 
+@pytest.fixture(scope="module")
+def clip_like():
+    """A vocabulary whose tokens of these roles have names of their own."""
+    vocab = {"!": 0, "lung": 1, "clear": 2, "<bos>": 3, "<eot>": 4, "<unk>": 5}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return model
+
+
+def test_special_tokens_by_name(clip_like, tmp_path):
+    clip_like.save(str(tmp_path / "tokenizer.json"))
+    roles = {"start": "<bos>", "end": "<eot>", "pad": "!"}
+    options = TokenizerConfig(path=str(tmp_path / "tokenizer.json"), context_length=5, **roles)
+    tokenizer = Tokenizer.of(options.path, options)
+    assert tokenizer.encode("lung clear")[0].tolist() == [3, 1, 2, 4, 0] and tokenizer.room == 3
+    assert tokenizer.encode("lung " * 9)[0].tolist() == [3, 1, 1, 1, 4]
+    assert tokenizer.decode([3, 1, 2, 4, 1]) == "lung clear"
+    with pytest.raises(DataError, match=r"no start token; .*data\.tokenizer\.start"):
+        Tokenizer.load(options.path, 5)
+    with pytest.raises(DataError, match="looked for <missing>"):
+        Tokenizer.load(options.path, 5, **{**roles, "pad": "<missing>"})
+    # Another padding token gives other ids, so it is another tokenizer.
+    assert tokenizer.hash != Tokenizer.load(options.path, 5, start="<bos>", end="<eot>", pad="<eot>").hash
+
+
+def test_no_start_token(clip_like):
+    tokenizer = Tokenizer(clip_like, 3, start="", end="<eot>", pad="<eot>")
+    for made in (tokenizer, tokenizer.with_tokens(["[LENGTH_1]"]), tokenizer.with_context(4).with_context(3)):
+        assert made.start_id is None and made.room == 2
+        assert made.encode("lung")[0].tolist() == [1, 4, 4]
+        assert made.encode("lung clear lung")[0].tolist() == [1, 2, 4]
+        assert made.as_shown("lung clear lung") == "lung clear"
+        assert made.count_truncated(["lung clear", "lung clear lung"]) == 1
+    assert tokenizer.with_tokens(["[LENGTH_1]"]).special_ids == (4, 6)
+    assert tokenizer.hash == tokenizer.with_context(9).hash
+
+
+def test_usual_names_given_as_options_change_no_hash(tokenizer):
+    given = Tokenizer(tokenizer._model, 16, start=START, end="[END]", pad=PAD)
+    assert given.hash == tokenizer.hash
+
+
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "lung", "##s", "clear", "Lung", ",", "é"]
 
 
@@ -183,7 +225,15 @@ def test_nothing_to_train_on():
 
 
 @pytest.mark.parametrize(
-    "options", [{"context_length": 2}, {"vocab_size": 4}, {"kind": "bpe", "vocab_size": 100}]
+    "options",
+    [
+        {"context_length": 2},
+        {"vocab_size": 4},
+        {"kind": "bpe", "vocab_size": 100},
+        {"end": ""},
+        {"pad": ""},
+        {"embedding_rows": 0},
+    ],
 )
 def test_bad_options(options):
     with pytest.raises(ConfigError):

@@ -196,6 +196,11 @@ class Controls:
                 raise UserError(
                     f"{name}={value!r}: this run was trained without it; train with data.controls.{OPTIONS[name]} set"
                 )
+        if tokenizer.start_id is None:
+            raise ConfigError(
+                "this tokenizer puts no start token in front of a text, and a decoder begins with one: name one in "
+                "data.tokenizer.start"
+            )
         ids = [tokenizer.start_id]
         if section is not None:
             if section not in self.sections:

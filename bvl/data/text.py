@@ -33,6 +33,9 @@ class TokenizerConfig:
     """`path` loads a tokenizer.json or vocab.txt; without it one is trained on the training text and kept in the run.
 
     vocab_size: of a trained tokenizer; all characters of the text get a token even if they are more.
+    start, end, pad: names of the tokens before, after and behind a text; None finds them by their usual names.
+      start="" puts no token in front, as in SigLIP.
+    embedding_rows: of the model's token embedding, where it has more than the tokenizer has tokens.
     """
 
     path: str | None = None
@@ -40,6 +43,10 @@ class TokenizerConfig:
     vocab_size: int = 4096
     lowercase: bool = True
     context_length: int = 64
+    start: str | None = None
+    end: str | None = None
+    pad: str | None = None
+    embedding_rows: int | None = None
 
     def __post_init__(self):
         if self.context_length < 3:
@@ -49,25 +56,42 @@ class TokenizerConfig:
         least = 8 if self.kind == "wordpiece" else 261
         if self.vocab_size < least:
             raise ConfigError(f"vocab_size={self.vocab_size}: must be at least {least} for {self.kind}")
+        for role in ("end", "pad"):
+            if getattr(self, role) == "":
+                raise ConfigError(f'{role}="": every text needs this token; only start can be left out')
+        if self.embedding_rows is not None and self.embedding_rows < 1:
+            raise ConfigError(f"embedding_rows={self.embedding_rows}: must be at least 1")
 
 
 class Tokenizer:
     """A Hugging Face `tokenizers` model with start, end and padding to a fixed context length.
 
+    start, end, pad: names of these tokens; None finds them by their usual names, start="" does without.
+    start_id: None where texts have no start token.
     mask_id: of the token that hides a word from a masked language model; None where the vocabulary has none.
     unknown_id: of the token that stands for what the vocabulary has not; None where there is none.
     control_ids: of entries that are neither words nor one of the usual special tokens, as `with_tokens` adds them.
     """
 
-    def __init__(self, model: tokenizers.Tokenizer, context_length: int):
+    def __init__(
+        self,
+        model: tokenizers.Tokenizer,
+        context_length: int,
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        pad: str | None = None,
+    ):
         model.no_padding()
         model.no_truncation()
         self._model = _reading_plain_text(model)
+        self._roles = {"start": start, "end": end, "pad": pad}
         self.context_length = context_length
-        self.pad_id, self.start_id, self.end_id = (_role_id(model, role) for role in ("pad", "start", "end"))
+        self.start_id = None if start == "" else _role_id(model, "start", start)
+        self.end_id, self.pad_id = _role_id(model, "end", end), _role_id(model, "pad", pad)
         self.mask_id = _find_role(model, "mask")
         self.unknown_id = _find_role(model, "unknown")
-        names = set(itertools.chain(*ROLES.values()))
+        names = {*itertools.chain(*ROLES.values()), start, end, pad}
         self.control_ids = frozenset(
             i
             for i, token in model.get_added_tokens_decoder().items()
@@ -108,8 +132,33 @@ class Tokenizer:
         return cls(model, config.context_length).with_tokens(extra)
 
     @classmethod
-    def load(cls, path: str | Path, context_length: int, lowercase: bool = True) -> Tokenizer:
-        """Read a tokenizer.json, or a BERT vocab.txt (`lowercase` then says whether it is uncased)."""
+    def of(cls, path: str | Path, options: TokenizerConfig) -> Tokenizer:
+        """Read a file as a config's `options` say; raises DataError as `load` does."""
+        return cls.load(
+            path,
+            options.context_length,
+            options.lowercase,
+            start=options.start,
+            end=options.end,
+            pad=options.pad,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        context_length: int,
+        lowercase: bool = True,
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        pad: str | None = None,
+    ) -> Tokenizer:
+        """Read a tokenizer.json, or a BERT vocab.txt (`lowercase` then says whether it is uncased).
+
+        start, end, pad: as in `TokenizerConfig`. Raises DataError for a file that is no tokenizer or lacks them.
+        """
+        roles = {"start": start, "end": end, "pad": pad}
         path = Path(path)
         if not path.is_file():
             raise DataError(f"no tokenizer file {path}")
@@ -119,14 +168,14 @@ class Tokenizer:
             model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
             model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
             model.decoder = tokenizers.decoders.WordPiece()
-            return cls(model, context_length)
+            return cls(model, context_length, **roles)
         try:
             model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for a bad file
             raise DataError(
                 f"{path} is not a tokenizer.json that tokenizers {tokenizers.__version__} reads: {error}"
             ) from error
-        return cls(model, context_length)
+        return cls(model, context_length, **roles)
 
     def with_tokens(self, names: Sequence[str]) -> Tokenizer:
         """A tokenizer whose vocabulary has `names` too, those it lacks at its end: entries that no text is read as."""
@@ -140,11 +189,11 @@ class Tokenizer:
             vocabulary |= {name: self.vocab_size + i for i, name in enumerate(new)}
         model = tokenizers.Tokenizer.from_str(json.dumps(tree))
         model.add_special_tokens(new)
-        return Tokenizer(model, self.context_length)
+        return Tokenizer(model, self.context_length, **self._roles)
 
     def with_context(self, context_length: int) -> Tokenizer:
         """The same vocabulary for texts of another length."""
-        return Tokenizer(self._model, context_length)
+        return Tokenizer(self._model, context_length, **self._roles)
 
     def save(self, path: Path) -> None:
         self._model.save(str(path))
@@ -152,9 +201,9 @@ class Tokenizer:
     def encode(self, text: str) -> tuple[Int32[np.ndarray, " t"], Bool[np.ndarray, " t"], bool]:
         """(ids, mask, truncated): start + text + end, padded; a cut text keeps its end token."""
         ids = self.ids(text)
-        room = self.context_length - 2
-        truncated = len(ids) > room
-        ids = [self.start_id, *ids[:room], self.end_id]
+        truncated = len(ids) > self.room
+        start = [] if self.start_id is None else [self.start_id]
+        ids = [*start, *ids[: self.room], self.end_id]
         tokens = np.full(self.context_length, self.pad_id, np.int32)
         tokens[: len(ids)] = ids
         return tokens, np.arange(self.context_length) < len(ids), truncated
@@ -184,7 +233,7 @@ class Tokenizer:
 
     def as_shown(self, text: str) -> str:
         """The text as decoding gives it back, up to the end of the context."""
-        return self.decode(self.ids(text)[: self.context_length - 2])
+        return self.decode(self.ids(text)[: self.room])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first end token, without the special tokens and controls."""
@@ -199,21 +248,30 @@ class Tokenizer:
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of `texts` are longer than the context."""
-        return sum(length > self.context_length - 2 for length in self.lengths(texts))
+        return sum(length > self.room for length in self.lengths(texts))
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has, without start and end, however long it is."""
         return [len(e.ids) for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
 
     @property
+    def room(self) -> int:
+        """How many tokens of a text fit into the context, beside start and end."""
+        return self.context_length - (1 if self.start_id is None else 2)
+
+    @property
     def special_ids(self) -> tuple[int, ...]:
         """Of padding, start, end and controls, which hold no word."""
-        return tuple(sorted({self.pad_id, self.start_id, self.end_id} | self.control_ids))
+        return tuple(sorted({self.pad_id, self.start_id, self.end_id} - {None} | self.control_ids))
 
     @property
     def hash(self) -> str:
         """Hash of vocabulary and rules; two tokenizers with the same hash give the same ids."""
-        return hashlib.sha256(self._model.to_str().encode()).hexdigest()[:12]
+        roles = {"start": self.start_id, "end": self.end_id, "pad": self.pad_id}
+        # Tokens with their usual names add nothing: the hashes of older checkpoints stay what they are.
+        unusual = {role: i for role, i in roles.items() if i != _find_role(self._model, role)}
+        text = self._model.to_str() + (json.dumps(unusual) if unusual else "")
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _rejoined(text: str) -> str:
@@ -277,10 +335,13 @@ def _train_wordpiece(texts: list[str], config: TokenizerConfig, special: list[st
     return model
 
 
-def _role_id(model: tokenizers.Tokenizer, role: str) -> int:
-    token_id = _find_role(model, role)
+def _role_id(model: tokenizers.Tokenizer, role: str, name: str | None) -> int:
+    token_id = _find_role(model, role) if name is None else model.token_to_id(name)
     if token_id is None:
-        raise DataError(f"the tokenizer has no {role} token; looked for {', '.join(ROLES[role])}")
+        looked_for = ", ".join(ROLES[role]) if name is None else name
+        raise DataError(
+            f"the tokenizer has no {role} token; looked for {looked_for} (data.tokenizer.{role} names it)"
+        )
     return token_id
 
 
