@@ -10,7 +10,9 @@ from bvl.errors import ConversionError
 
 # Operators that torchvision's wheel cannot load beside a CPU build of torch; its import then fails for want of their
 # schemas, though nothing here calls them.
-_SCHEMAS = tuple(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" for name in ("nms", "qnms"))
+_SCHEMAS = tuple(
+    f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" for name in ("nms", "qnms")
+)
 # Libraries live as long as this holds them.
 _libraries: list[Any] = []
 

@@ -33,7 +33,8 @@ class DualEncoderConfig:
     """An image tower and a text tower that meet in a space of `embed_dim`, and a text decoder over image tokens.
 
     image: ViTConfig, ResNetConfig or HybridConfig; text: TextConfig or BertConfig.
-    text=None: a captioner alone; with a decoder of layout "coca" its first half embeds texts, pooled at their end.
+    text=None: a captioner or an image tower alone; with a decoder of layout "coca" its first half embeds texts, pooled
+      at their end. image=None: a text tower or a language model alone, to start from.
     decoder: for tasks that write text; None = none.
     region_encoder: tells the decoder of regions, for tasks that describe them. region_decoder: finds regions.
     image_projection, text_projection: from a tower's pooled vector to the shared space: "linear" (CLIP),
@@ -44,7 +45,7 @@ class DualEncoderConfig:
     (CLIP: 0.07 and 100); `init_bias` is for the sigmoid loss (SigLIP: temperature 0.1, bias -10).
     """
 
-    image: ViTConfig | ResNetConfig | HybridConfig = ViTConfig()
+    image: ViTConfig | ResNetConfig | HybridConfig | None = ViTConfig()
     text: TextConfig | BertConfig | None = TextConfig()
     decoder: DecoderConfig | None = None
     region_encoder: RegionEncoderConfig | None = None
@@ -59,8 +60,10 @@ class DualEncoderConfig:
     def __post_init__(self):
         if self.embed_dim < 1:
             raise ConfigError(f"embed_dim={self.embed_dim}: must be at least 1")
-        if self.text is None and self.decoder is None:
-            raise ConfigError("model.text=None is for captioners: set model.decoder, or give a text tower")
+        if self.image is None and self.text is None and self.decoder is None:
+            raise ConfigError("the model is empty: give model.image, model.text or model.decoder")
+        if self.image is None and (self.region_encoder is not None or self.region_decoder is not None):
+            raise ConfigError("region modules read images: give model.image")
         if self.region_encoder is not None and self.decoder is None:
             raise ConfigError(
                 "model.region_encoder tells a text decoder of regions: set model.decoder as well"
@@ -72,8 +75,8 @@ class DualEncoderConfig:
             raise ConfigError(
                 "model.region_decoder reads phrases by the text tower: give one, or phrases='decoder'"
             )
-        for name, width in (("image", self.image.output_width), ("text", self.text_width)):
-            if getattr(self, f"{name}_projection") == "none" and width != self.embed_dim:
+        for name, width in (("image", self.image_width), ("text", self.text_width)):
+            if width and getattr(self, f"{name}_projection") == "none" and width != self.embed_dim:
                 raise ConfigError(
                     f"{name}_projection='none' needs embed_dim={width}, the width of the {name} tower's pooled "
                     f"vector; it is {self.embed_dim}"
@@ -85,9 +88,15 @@ class DualEncoderConfig:
             )
 
     @property
+    def image_width(self) -> int:
+        """Width of the image tower's pooled vector, 0 without one."""
+        return 0 if self.image is None else self.image.output_width
+
+    @property
     def text_width(self) -> int:
-        """Width of the text tower's pooled vector, or of the decoder's where there is no tower."""
-        return self.decoder.width if self.text is None else self.text.width
+        """Width of the text tower's pooled vector, or of the decoder's where there is no tower; 0 without both."""
+        tower = self.decoder if self.text is None else self.text
+        return 0 if tower is None else tower.width
 
     @property
     def region_needs(self) -> frozenset[str]:
@@ -99,7 +108,7 @@ class DualEncoderConfig:
     @property
     def embeds_text(self) -> bool:
         """Whether anything gives text embeddings."""
-        return self.text is not None or self.decoder.layout == "coca"
+        return self.text is not None or (self.decoder is not None and self.decoder.layout == "coca")
 
 
 class ProjectionMlp(nn.Module):
@@ -136,7 +145,8 @@ class DualEncoder(nn.Module):
 
     def setup(self):
         config = self.config
-        self.image = config.image.make(image_size=self.image_size, dtype=self.dtype)
+        if config.image is not None:
+            self.image = config.image.make(image_size=self.image_size, dtype=self.dtype)
         if config.text is not None:
             self.text = config.text.make(
                 vocab_size=self.vocab_size,
@@ -173,6 +183,8 @@ class DualEncoder(nn.Module):
 
         need: any of embed, pooled, tokens, levels, patch_embed, and "regions", which is what the region modules read.
         """
+        if self.config.image is None:
+            raise ConfigError("this model has no image tower (model.image=None), so it reads no images")
         if "regions" in need:
             need = need | self.config.region_needs
         out = self.image(image, keys=keys, levels="levels" in need, patches="patch_embed" in need)
@@ -285,12 +297,14 @@ class DualEncoder(nn.Module):
 
     def __call__(self, image: Float[Array, "b h w 3"], tokens: Int[Array, "b t"], mask: Bool[Array, "b t"]):
         """Touch every parameter; for `init`."""
-        if getattr(self.config.image, "mask_channel", False):
-            image = jnp.pad(image, ((0, 0), (0, 0), (0, 0), (0, 1)))
-        features = self.encode_image(image, frozenset({"embed", "tokens", "regions"}))
-        maps = (features.tokens, features.levels, features.grid)
         rows = len(image)
-        out = [features, self.logit_scale_and_bias()]
+        out = [self.logit_scale_and_bias()]
+        if self.config.image is not None:
+            if getattr(self.config.image, "mask_channel", False):
+                image = jnp.pad(image, ((0, 0), (0, 0), (0, 0), (0, 1)))
+            features = self.encode_image(image, frozenset({"embed", "tokens", "regions"}))
+            maps = (features.tokens, features.levels, features.grid)
+            out.append(features)
         if self.config.embeds_text:
             text = self.encode_text(tokens, mask, frozenset({"embed", "pooled", "tokens"}))
             out.append(text)

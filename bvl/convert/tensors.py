@@ -1,0 +1,169 @@
+"""Files of tensors: safetensors, whole or in shards, and what `torch.save` wrote, read without running any code of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from bvl.convert.peers import import_peer
+from bvl.errors import ConversionError
+
+# In the order in which they are looked for; with an index the file lies in shards.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """Tensors by name: their shapes, and a function that loads one of them."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    load: Callable[[str], np.ndarray]
+
+    def renamed(self, rename: Callable[[str], str]) -> Tensors:
+        """The same tensors under other names."""
+        names = {rename(name): name for name in self.shapes}
+        return Tensors(
+            {new: self.shapes[old] for new, old in names.items()}, lambda new: self.load(names[new])
+        )
+
+
+def open_weights(folder: Path) -> Tensors:
+    """The weights in a folder, not loaded yet; raises ConversionError where there are none, or damaged ones."""
+    if not folder.is_dir():
+        raise ConversionError(f"no folder {folder}")
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            break
+    else:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise ConversionError(
+            f"{folder} has no weights: looked for {', '.join(WEIGHT_FILES)}; there are: {there}"
+        )
+    if name.endswith(".index.json"):
+        return _open_shards(folder / name)
+    return _open_file(folder / name)
+
+
+def _open_file(path: Path) -> Tensors:
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+
+
+def _open_shards(index: Path) -> Tensors:
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{index} is no index of shards: {error!r}") from error
+    files: dict[str, Tensors] = {}
+    for name in sorted(set(places.values())):
+        path = index.parent / name
+        if not path.is_file():
+            raise ConversionError(f"{index} names the shard {name}, which is missing beside it")
+        files[name] = _open_file(path)
+    for tensor, name in places.items():
+        if tensor not in files[name].shapes:
+            raise ConversionError(f"{index}: the shard {name} has no tensor {tensor}")
+    return Tensors(
+        {tensor: files[name].shapes[tensor] for tensor, name in places.items()},
+        lambda tensor: files[places[tensor]].load(tensor),
+    )
+
+
+def _open_safetensors(path: Path) -> Tensors:
+    """The library checks the file; its header is read here too, since numpy alone knows no bfloat16."""
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except Exception as error:  # the library's own error type, and whatever a damaged header leads to
+        raise ConversionError(
+            f"{path} is damaged, or no safetensors file: {error}; fetch or save it again"
+        ) from error
+    header.pop("__metadata__", None)
+    unknown = sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys())
+    if unknown:
+        raise ConversionError(f"{path} has tensors of type {', '.join(unknown)}, which bvl does not read")
+    data = np.memmap(path, mode="r", offset=8 + length) if header else None
+
+    def load(name: str) -> np.ndarray:
+        entry = header[name]
+        start, end = entry["data_offsets"]
+        return data[start:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    return Tensors({name: tuple(entry["shape"]) for name, entry in header.items()}, load)
+
+
+def _open_torch(path: Path) -> Tensors:
+    torch = import_peer("torch", what=f"reading {path.name}")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # written in the format before zip files, which cannot be mapped
+        loaded = _load_old(torch, path)
+    except Exception as error:
+        raise _no_plain_weights(path, error) from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]  # a training checkpoint of open_clip
+    tensors = {k: v for k, v in loaded.items() if torch.is_tensor(v)} if isinstance(loaded, dict) else {}
+    if not tensors:
+        raise ConversionError(f"{path} holds no tensors by name")
+
+    def load(name: str) -> np.ndarray:
+        tensor = tensors[name].detach()
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.float()
+        return tensor.numpy()
+
+    found = Tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, load)
+    # Of a model that was trained on several devices.
+    return found.renamed(lambda name: name.removeprefix("module."))
+
+
+def _load_old(torch, path: Path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise _no_plain_weights(path, error) from error
+
+
+def _no_plain_weights(path: Path, error: Exception) -> ConversionError:
+    lines = str(error).strip().splitlines()
+    return ConversionError(
+        f"{path} is damaged, or not weights alone: {lines[0] if lines else type(error).__name__}. A pickle can run any "
+        "code, so bvl reads none; save the weights as model.safetensors where you trust the file"
+    )
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, np.ndarray], *, metadata: dict[str, str]) -> None:
+    """Write tensors by name; the file is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    safetensors.numpy.save_file(dict(tensors), temporary, metadata=metadata)
+    temporary.replace(path)
