@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import re
 import sys
 import traceback
 import types
@@ -123,9 +124,16 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    # Run folder whose parameters this run starts from: those of its optimiser, not their moving average, resampled
-    # to this image size. This run's own checkpoint wins when there is one.
-    init_from: str | None = None
+    # Models whose parameters this run starts from: run folders (the parameters of their optimiser, not the moving
+    # average), "open_clip:DIR" or "hf:DIR"; several, in a tuple or with commas between, are laid over each other
+    # (bvl/train/initial.py). This run's own checkpoint wins when there is one.
+    init_from: str | tuple[str, ...] | None = None
+    # Regular expressions, searched in names such as "model/text/positions": what is taken (empty = all) and what not.
+    init_include: tuple[str, ...] = ()
+    init_exclude: tuple[str, ...] = ()
+    # For a longer context so many of the first text positions stay, of a short table at most half; the others are
+    # stretched.
+    init_kept_positions: int = 20
     # Run folder whose whole state (optimiser and step too) this run continues.
     resume_from: str | None = None
     # Name -> run folder of models that are only read, such as teachers.
@@ -133,9 +141,25 @@ class Config:
     workdir: str | None = None
 
     def __post_init__(self):
-        _at_least(self, steps=1, batch_size=1, seed=0)
-        if not self.tasks:
-            raise ConfigError("tasks is empty: name at least one, for example {'contrastive': Contrastive()}")
+        _at_least(self, steps=1, batch_size=1, seed=0, init_kept_positions=0)
+        for pattern in (*self.init_include, *self.init_exclude):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{pattern!r} is no regular expression: {error}") from error
+
+    @property
+    def init_sources(self) -> tuple[str, ...]:
+        """The models of `init_from`, in order."""
+        return split_sources(self.init_from)
+
+
+def split_sources(init_from: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The models that a value of `init_from` names; raises ConfigError for an empty name."""
+    names = init_from.split(",") if isinstance(init_from, str) else init_from or ()
+    if not all(name.strip() for name in names):
+        raise ConfigError(f"init_from={init_from!r}: give run folders, open_clip:DIR or hf:DIR")
+    return tuple(name.strip() for name in names)
 
 
 # Keys in which a run may differ from the config its folder was started with.
@@ -152,7 +176,11 @@ FREE_KEYS = (
 
 
 def load_config(spec: str, overrides: list[str] | None = None) -> Config:
-    """Load `path/to/config.py[:arg]`, apply `key=value` overrides and check every field."""
+    """Load `path/to/config.py[:arg]`, apply `key=value` overrides and check every field.
+
+    Keyword-only parameters of its get_config get what the overrides of these keys say, so that a config can be made
+    from, for example, the model of `init_from`.
+    """
     path, _, arg = spec.partition(":")
     file = Path(path)
     if not file.is_file():
@@ -171,11 +199,18 @@ def load_config(spec: str, overrides: list[str] | None = None) -> Config:
         module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no function get_config() that returns a bvl.config.Config")
-    takes_arg = bool(inspect.signature(module.get_config).parameters)
-    if arg and not takes_arg:
+    parameters = inspect.signature(module.get_config).parameters.values()
+    if arg and all(p.kind is p.KEYWORD_ONLY for p in parameters):
         raise ConfigError(f"{path}: get_config takes no argument, but {arg!r} was given after ':'")
+    hints = typing.get_type_hints(Config)
+    given = {key.strip(): text.strip() for key, _, text in (o.partition("=") for o in overrides or [])}
+    early = {
+        p.name: _coerce_text(given[p.name], hints[p.name], p.name)
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name in given
+    }
     with _errors_of(file):
-        config = module.get_config(arg) if arg else module.get_config()
+        config = module.get_config(arg, **early) if arg else module.get_config(**early)
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not bvl.config.Config")
     config = check(config)

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bvl import config as config_lib
+from bvl.assembly import build_model, embedding_rows
 from bvl.checkpoint import Checkpoints, complete_steps
+from bvl.convert.importing import Imported, import_model
+from bvl.convert.registry import is_foreign
 from bvl.data.images import open_image
 from bvl.data.text import Tokenizer
 from bvl.data.transforms import Preprocess, Transformed, apply
@@ -130,25 +132,6 @@ def write_atomic(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def embedding_rows(config: config_lib.Config, tokenizer: Tokenizer) -> int:
-    """Rows of the token embeddings: one for each id, or as many as an imported model brings."""
-    return max(tokenizer.vocab_size, config.data.tokenizer.embedding_rows or 0)
-
-
-def build_model(config: config_lib.Config, tokenizer: Tokenizer) -> DualEncoder:
-    """The model of a config; vocabulary, context and image size come from the tokenizer and the preprocessing."""
-    return DualEncoder(
-        config.model,
-        image_size=config.data.preprocess.height_width,
-        vocab_size=embedding_rows(config, tokenizer),
-        context_length=tokenizer.context_length,
-        pad_id=tokenizer.pad_id,
-        end_id=tokenizer.end_id,
-        prefix_length=config.data.controls.num_slots,
-        dtype=jnp.dtype(config.precision),
-    )
-
-
 class Encoder:
     """Compiled encoding of padded batches, shared by everything that reads a model."""
 
@@ -252,12 +235,15 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def load_components(
     spec: str | Path, *, checkpoint: str | int = "latest", use_ema: bool | None = None
 ) -> Components:
-    """Load a run folder onto one device. Needs nothing outside the folder.
+    """Load a run folder onto one device, or the folder of another library ("open_clip:DIR", "hf:DIR").
 
+    Needs nothing outside the folder.
     checkpoint: "latest", "best" (by the config's checkpoint.best), or a step.
     use_ema: take the moving average of the parameters where the run keeps one; None = as its eval.use_ema says.
-    Raises RunFolderError or CheckpointError.
+    Raises RunFolderError or CheckpointError, and ConversionError for the folder of another library.
     """
+    if is_foreign(spec):
+        return components_of(import_model(spec))
     run = RunFolder(spec)
     if not run.config.is_file():
         there = (
@@ -297,6 +283,31 @@ def load_components(
     return Components(
         model, params, tokenizer, preprocess, config, classes, encoder, step, calibration=calibration
     )
+
+
+def components_of(imported: Imported) -> Components:
+    """A model that was read from the folder of another library, as one that was trained."""
+    config, tokenizer = imported.config, imported.tokenizer
+    model = build_model(config, tokenizer)
+    encoder = Encoder(model, config.data.preprocess, make_mesh(MeshConfig(), devices=jax.local_devices()[:1]))
+    return Components(model, imported.params, tokenizer, config.data.preprocess, config, (), encoder)
+
+
+def save_components(components: Components, folder: Path) -> None:
+    """Write a run folder at step 0, to be loaded, evaluated and started from; raises RunFolderError if it is taken."""
+    run = RunFolder(folder)
+    if run.path.exists() and any(run.path.iterdir()):
+        raise RunFolderError(f"{run.path} exists and is not empty; choose another folder")
+    run.path.mkdir(parents=True, exist_ok=True)
+    components.tokenizer.save(run.tokenizer)
+    write_atomic(run.classes, json.dumps(list(components.classes)) + "\n")
+    run.keep_config(components.config)
+    checkpoints = Checkpoints(run.checkpoints, tokenizer=components.tokenizer.hash)
+    try:
+        checkpoints.save(0, {"params": components.params})
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
 
 
 def _choose(checkpoints: Checkpoints, wanted: str | int, config: config_lib.Config, path: Path) -> int:

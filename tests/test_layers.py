@@ -14,6 +14,7 @@ LAYERS = [
     ("errors",),
     ("config", "mesh"),
     ("data", "metrics", "losses", "models"),
+    ("assembly",),
     ("decode", "convert"),
     ("checkpoint",),
     ("runs",),

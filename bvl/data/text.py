@@ -132,6 +132,14 @@ class Tokenizer:
         return cls(model, config.context_length).with_tokens(extra)
 
     @classmethod
+    def without_words(cls, context_length: int) -> Tokenizer:
+        """A tokenizer of the special tokens alone, for models that read no text."""
+        vocab = {token: i for i, token in enumerate((PAD, UNKNOWN, START, END))}
+        model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token=UNKNOWN))
+        model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        return cls(model, context_length)
+
+    @classmethod
     def of(cls, path: str | Path, options: TokenizerConfig) -> Tokenizer:
         """Read a file as a config's `options` say; raises DataError as `load` does."""
         return cls.load(

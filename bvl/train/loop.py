@@ -20,10 +20,11 @@ from bvl.config import Config
 from bvl.errors import ConfigError, RunFolderError, UserError
 from bvl.evals.base import evaluate, write_eval
 from bvl.mesh import check_batch_size, make_mesh, replicated, to_global
-from bvl.runs import Components, Encoder, RunFolder, load_components, write_atomic
+from bvl.runs import Components, Encoder, RunFolder, write_atomic
 from bvl.train.bad_records import BadRecords
 from bvl.train.early_stop import EarlyStop, early_stop_at
 from bvl.train.environment import enable_compilation_cache, note_start
+from bvl.train.initial import open_start, settled_config, with_tokenizer_options
 from bvl.train.metrics_log import MetricsLog, ProgressLines
 from bvl.train.optim import make_schedule
 from bvl.train.profile import StepTrace
@@ -61,6 +62,8 @@ def train(config: Config, *, force: bool = False) -> int:
     """
     if config.workdir is None:
         raise ConfigError("no run folder: add workdir=DIR, for example workdir=runs/my_run")
+    if not config.tasks:
+        raise ConfigError("tasks is empty: name at least one, for example {'contrastive': Contrastive()}")
     run = RunFolder(config.workdir)
     with run.lock():
         try:
@@ -81,14 +84,13 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     if config.log.wandb is not None:
         import_wandb()  # only to fail now where there is none
     trace = StepTrace(config.log.profile_steps, run.path / "profile", last_step=config.steps)
+    # Not where the run has a checkpoint of its own: it goes on although the other folders may be gone.
+    start = open_start(config) if not run.has_checkpoint() else None
+    config = with_tokenizer_options(config, start, settled_config(config, run))
     run.claim(config, force=force)
-    # Not where the run has a checkpoint of its own: it goes on although the other folder may be gone.
-    start_from = None
-    if config.init_from is not None and not run.has_checkpoint():
-        start_from = load_components(config.init_from, use_ema=False)
     for task in config.tasks.values():
         task.check(config.model)
-    data = prepare_data(config, run, start_from)
+    data = prepare_data(config, run, start)
     for line in data.pipeline.summary():
         logger.info(line)
     suites = place_suites(config)
@@ -106,7 +108,7 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
         tokenizer=data.tokenizer.hash,
     )
     try:
-        state, sums = first_state(config, checkpoints, plan, start_from, data.tokenizer, mesh)
+        state, sums = first_state(config, checkpoints, plan, start, data.tokenizer, mesh, run)
         run.keep_config(config)
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
         logger.info(

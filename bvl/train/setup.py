@@ -12,27 +12,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import tokenizers
 from jax.sharding import Mesh
 
-from bvl.checkpoint import Checkpoints, check_same_shapes
+from bvl.checkpoint import Checkpoints
 from bvl.config import Config
 from bvl.data.batch import Need, needs_of
 from bvl.data.pipeline import Pipeline, label_names, training_texts
 from bvl.data.sources import RecordSet
-from bvl.data.text import END, PAD, START, UNKNOWN, Tokenizer, TokenizerConfig
+from bvl.data.text import Tokenizer
 from bvl.errors import CheckpointError, ConfigError, DataError
 from bvl.mesh import replicated, shardings_of, unbox
-from bvl.models.grid import resize_positions
 from bvl.runs import (
     Components,
     RunFolder,
     build_model,
-    check_vocabulary,
     load_components,
     write_atomic,
 )
 from bvl.tasks.base import ModelInfo
+from bvl.train.initial import Start, initial_params, warn_of_untrained
 from bvl.train.optim import make_optimizer
 from bvl.train.program import Program, TrainState
 
@@ -52,7 +50,7 @@ class Data:
     licences: dict[str, dict[str, int]]
 
 
-def prepare_data(config: Config, run: RunFolder, start_from: Components | None) -> Data:
+def prepare_data(config: Config, run: RunFolder, start: Start | None) -> Data:
     """Open the sources, settle tokenizer and classes, and keep both in the run folder."""
     sources = config.data.sources()
     sets = [RecordSet(source) for source in sources]
@@ -63,28 +61,25 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
     all_needs = frozenset().union(*needs.values())
     regions = config.data.regions if all_needs & {Need.REGIONS, Need.PHRASES} else None
     if run.tokenizer.is_file():
-        tokenizer = Tokenizer.load(run.tokenizer, options.context_length)
+        tokenizer = Tokenizer.of(run.tokenizer, options)
     elif config.resume_from is not None:
         continued = RunFolder(config.resume_from).tokenizer
         if not continued.is_file():
             raise CheckpointError(f"resume_from={config.resume_from}: no run folder, {continued} is missing")
-        tokenizer = Tokenizer.load(continued, options.context_length)
-    elif start_from is not None:
-        tokenizer = start_from.tokenizer
+        tokenizer = Tokenizer.of(continued, options)
+    elif start is not None and start.tokenizer is not None and (start.fixed or options.path is None):
+        tokenizer = start.tokenizer.with_context(options.context_length)
         if options.path is not None:
-            given = Tokenizer.load(options.path, options.context_length, options.lowercase)
             # The file may be the one that the other run added its controls to.
-            given = given.with_tokens(start_from.config.data.controls.tokens())
-            check_vocabulary(start_from.params["model"], given, f"data.tokenizer.path={options.path}")
+            controls = start.sources[start.tokenizer_of].config.data.controls.tokens()
+            given = Tokenizer.of(options.path, options).with_tokens(controls)
             if given.hash != tokenizer.hash:
                 raise CheckpointError(
                     f"data.tokenizer.path={options.path} is another tokenizer than that of "
-                    f"init_from={config.init_from}: token ids would mean other words; leave the path out"
+                    f"init_from={start.tokenizer_of}: token ids would mean other words; leave the path out"
                 )
-            tokenizer = given
-        tokenizer.context_length = options.context_length
     elif options.path is not None:
-        tokenizer = Tokenizer.load(options.path, options.context_length, options.lowercase)
+        tokenizer = Tokenizer.of(options.path, options)
     else:
         if any(text.strip() for text in training_texts(sets, regions=regions)):
             tokenizer = Tokenizer.train(training_texts(sets, config.data.controls, regions), options)
@@ -93,7 +88,8 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
                 record_set.usable(needs)  # says which fields there are instead
             raise DataError("no training record has a text, and a task reads texts")
         else:
-            tokenizer = _special_tokens_only(options)
+            # The text tower and the run folder need some tokenizer.
+            tokenizer = Tokenizer.without_words(options.context_length)
     tokenizer = tokenizer.with_tokens(config.data.controls.tokens())
     if not run.tokenizer.is_file():
         temporary = run.tokenizer.with_name("tokenizer.json.tmp")
@@ -136,14 +132,6 @@ def prepare_data(config: Config, run: RunFolder, start_from: Components | None) 
         seed=config.seed,
     )
     return Data(pipeline, tokenizer, classes, {s.name: s.licences() for s in sets})
-
-
-def _special_tokens_only(options: TokenizerConfig) -> Tokenizer:
-    """For a run whose tasks and records know no text: the text tower and the run folder need some tokenizer."""
-    vocab = {token: i for i, token in enumerate((PAD, UNKNOWN, START, END))}
-    model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token=UNKNOWN))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    return Tokenizer(model, options.context_length)
 
 
 def place_suites(config: Config) -> dict[str, Any]:
@@ -270,78 +258,20 @@ def _restore(items: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
     return state, items.get("sums", {})
 
 
-def _at_image_size(start_from: Components, config: Config) -> Any:
-    """The model's parameters of another run, with the image positions resampled to this run's grid."""
-    params = start_from.params["model"]
-    grids = [_grid(c) for c in (start_from.config, config)]
-    is_positions = lambda path: path[-1].key == "positions"  # noqa: E731
-    found = [p for p, _ in jax.tree_util.tree_leaves_with_path(params["image"]) if is_positions(p)]
-    if grids[0] == grids[1] or not found:
-        return params
-    logger.info("image positions resampled from a grid of %s to %s", *grids)
-    image = jax.tree_util.tree_map_with_path(
-        lambda path, x: resize_positions(x, *grids) if is_positions(path) else x, params["image"]
-    )
-    return {**params, "image": image}
-
-
-def _with_own_parts(given: Any, fresh: Any) -> Any:
-    """The given parameters without a text tower or other part that this model has not; with parts that only it has."""
-    own = ("decoder", "region_encoder", "region_decoder")
-    kept = {name: value for name, value in given.items() if name in fresh or name not in ("text", *own)}
-    for name in own:
-        if name in fresh and name not in given:
-            logger.info("the %s starts from fresh parameters", name.replace("_", " "))
-            kept[name] = fresh[name]
-    return kept
-
-
-# Tables with a row for each id of the vocabulary or each position, which is told by its number alone.
-_TABLES = (("text", "token_embed"), ("decoder", "token_embed"), ("decoder", "head"), ("decoder", "positions"))
-
-
-def _with_own_rows(given: Any, fresh: Any, mesh: Mesh) -> Any:
-    """The given parameters with as many ids and decoder positions as this model has, the added ones fresh.
-
-    Controls that the other run had not stand at the vocabulary's end and make the prefix longer; with fewer controls
-    the last positions are left out. Tables that differ in more stay as they are.
-    """
-    out = dict(given)
-    for part, name in _TABLES:
-        if not all(name in params.get(part, {}) for params in (given, fresh)):
-            continue
-        old, new = given[part][name], fresh[part][name]
-        added = len(new) - len(old)
-        if old.shape[1:] != new.shape[1:] or not added or (added < 0 and name != "positions"):
-            continue
-        if added > 0:
-            logger.info("%s/%s: %d fresh rows behind %d", part, name, added, len(old))
-            table = jnp.concatenate([jax.device_put(old, replicated(mesh)), new[len(old) :]])
-        else:
-            logger.info("%s/%s: the first %d of %d rows", part, name, len(new), len(old))
-            table = old[: len(new)]
-        out[part] = {**out[part], name: table}
-    return out
-
-
-def _grid(config: Config) -> tuple[int, int]:
-    """Rows and columns of the image tower's last feature map, which its positions are made for."""
-    return config.model.image.grid(config.data.preprocess.height_width)
-
-
 def first_state(
     config: Config,
     checkpoints: Checkpoints,
     plan: Plan,
-    start_from: Components | None,
+    start: Start | None,
     tokenizer: Tokenizer,
     mesh: Mesh,
+    run: RunFolder,
 ) -> tuple[TrainState, dict[str, Any]]:
     """(state, metric sums) where a run starts, in this order of precedence:
 
     1. its own newest checkpoint that can be read: everything, step included;
     2. `resume_from`: the newest checkpoint of another run, everything, step included;
-    3. `init_from`: the parameters of another run, at step 0 with a fresh optimiser;
+    3. `init_from`: parameters of other models, at step 0 with a fresh optimiser;
     4. fresh parameters from the seed.
     """
     items = checkpoint_items(plan.target, {})
@@ -368,13 +298,14 @@ def first_state(
             other.close()
     fresh = jax.jit(lambda key: unbox(plan.init(key)), out_shardings=plan.shardings)
     state = fresh(jax.random.key(config.seed))
-    if start_from is None:
+    if start is None:
         return state, {}
-    own = state.params["model"]
-    model_params = _with_own_rows(_with_own_parts(_at_image_size(start_from, config), own), own, mesh)
-    check_same_shapes(plan.target.params["model"], model_params, f"init_from={config.init_from}")
-    logger.info("parameters from %s, step %d", config.init_from, start_from.step)
-    params = {**state.params, "model": jax.device_put(model_params, plan.shardings.params["model"])}
+    params, diff = initial_params(start, config, state.params, mesh)
+    for line in diff.lines():
+        logger.info("init: %s", line)
+    warn_of_untrained(diff, plan.optimizer.trains)
+    diff.write(run.path)
+    params = jax.device_put(params, plan.shardings.params)
     ema = jax.tree.map(lambda x: x.copy(), params) if state.ema is not None else None
     # Some optimisers keep parameters of their own, which must be these too.
     opt_state = jax.jit(plan.optimizer.init, out_shardings=plan.shardings.opt_state)(params)
