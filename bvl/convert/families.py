@@ -130,6 +130,10 @@ class Family:
         """The model in bvl's terms; raises ConversionError naming an option that bvl does not reproduce."""
         raise NotImplementedError
 
+    def tensors(self, source: Source) -> Tensors:
+        """The folder's weights, not loaded yet, under the names that `table` uses whatever version wrote them."""
+        return source.tensors()
+
     def table(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> Table:
         """Which parameter is which tensor."""
         raise NotImplementedError

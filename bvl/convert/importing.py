@@ -52,7 +52,7 @@ def import_model(spec: str | Path, *, context_length: int | None = None) -> Impo
     described = family.describe(source)
     tokenizer, options = _tokenizer(source, described.text, context_length)
     config = config_of(described, options)
-    tensors = source.tensors()
+    tensors = family.tensors(source)
     table = family.table(described.model, source.config)
     params, converted = read_params(table, tensors, config, tokenizer, described, where=str(source.folder))
     return Imported(
