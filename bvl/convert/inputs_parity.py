@@ -1,0 +1,145 @@
+"""The proof of what stands before the model: the same image file gives the same pixels, the same text the same ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from bvl.convert.families import Library
+from bvl.convert.peers import import_peer
+from bvl.data.text import Tokenizer
+from bvl.data.transforms import Preprocess, apply
+
+# Resizing in floating point and in integers rounds a value to one of two neighbours.
+MAX_GREY_LEVELS = 1.0
+
+PROBE_TEXTS = (
+    "a chest radiograph",
+    "Two nodules (8 mm and 12 mm) in the left upper lobe; no effusion.",
+    "",
+    "MRI of the brain, axial T2-weighted: hyperintense lesion near the lateral ventricle, " * 12,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputsParity:
+    """grey_levels: largest difference of a pixel; texts: those whose ids differ. `why`: why a part was not compared."""
+
+    grey_levels: float | None
+    texts: tuple[str, ...] | None
+    why: Mapping[str, str]
+
+    @property
+    def within(self) -> bool:
+        return (self.grey_levels or 0.0) <= MAX_GREY_LEVELS and not self.texts
+
+
+def compare_inputs(
+    library: Library,
+    folder: Path,
+    foreign: Mapping[str, Any],
+    *,
+    preprocess: Preprocess | None,
+    tokenizer: Tokenizer | None,
+) -> InputsParity:
+    """Compare preprocessing and tokenizer with those that the library reads from the folder; None is not compared."""
+    why: dict[str, str] = {}
+    grey_levels = texts = None
+    if preprocess is not None:
+        transform = _guarded(_pixels[library], why, "pixels", folder, foreign, preprocess.height_width)
+        if transform is not None:
+            grey_levels = max(_grey_levels(transform, preprocess, image) for image in probe_images())
+    if tokenizer is not None:
+        encode = _guarded(_tokens[library], why, "tokens", folder, foreign, tokenizer.context_length)
+        if encode is not None:
+            texts = tuple(text for text in PROBE_TEXTS if not _same_ids(encode, tokenizer, text))
+    return InputsParity(grey_levels, texts, why)
+
+
+def probe_images() -> tuple[Image.Image, ...]:
+    """Fixed smooth pictures with some noise: wide, tall, small and grey, of sides that no model has."""
+    rng = np.random.default_rng(0)
+    images = []
+    for height, width in ((301, 427), (533, 219), (97, 61)):
+        y, x = np.mgrid[0:height, 0:width] / max(height, width)
+        waves = np.stack([np.sin(9 * x + 4 * y), np.cos(7 * y), np.sin(20 * x * y)], -1)
+        pixels = 127.5 + 90.0 * waves + rng.normal(0, 10, waves.shape)
+        images.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+    return (*images, images[0].convert("L"))
+
+
+def _grey_levels(
+    transform: Callable[[Image.Image], Float[np.ndarray, "h w 3"]], preprocess: Preprocess, image: Image.Image
+) -> float:
+    ours = apply(image.convert("RGB"), preprocess=preprocess).image.astype(np.float32)
+    theirs = transform(image.convert("RGB")) * np.asarray(preprocess.std) + np.asarray(preprocess.mean)
+    if theirs.shape != ours.shape:
+        return float("inf")
+    return float(np.abs(np.rint(theirs * 255.0) - ours).max())
+
+
+def _same_ids(encode: Callable[[str], list[int]], tokenizer: Tokenizer, text: str) -> bool:
+    """Equal up to the end of the text; what pads behind it is read by nobody, and differs between versions."""
+    ids, mask, _ = tokenizer.encode(text)
+    used = int(mask.sum())
+    return encode(text)[:used] == ids[:used].tolist()
+
+
+def _guarded(make: Callable[..., Any], why: dict[str, str], part: str, folder: Path, *args: Any) -> Any:
+    """What `make` gives, or None with the reason where the folder has nothing that the library could read."""
+    try:
+        return make(folder, *args)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        why[part] = lines[0][:200] if lines else type(error).__name__
+        return None
+
+
+def _open_clip_pixels(folder: Path, foreign: Mapping[str, Any], size: tuple[int, int]) -> Callable:
+    import_peer("open_clip", what="the proof")
+    from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+    if "preprocess_cfg" not in foreign:
+        raise ValueError("open_clip_config.json has no preprocess_cfg")
+    options = merge_preprocess_dict(PreprocessCfg(size=size), foreign["preprocess_cfg"])
+    transform = image_transform_v2(PreprocessCfg(**{**options, "size": size}), is_train=False)
+    return lambda image: transform(image).numpy().transpose(1, 2, 0)
+
+
+def _open_clip_tokens(
+    folder: Path, foreign: Mapping[str, Any], context_length: int
+) -> Callable[[str], list[int]]:
+    open_clip = import_peer("open_clip", what="the proof")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder.absolute()}", context_length=context_length)
+    return lambda text: tokenizer([text])[0].tolist()
+
+
+def _hf_pixels(folder: Path, foreign: Mapping[str, Any], size: tuple[int, int]) -> Callable:
+    transformers = import_peer("transformers", what="the proof")
+    if (
+        not (folder / "preprocessor_config.json").is_file()
+        and not (folder / "processor_config.json").is_file()
+    ):
+        raise ValueError("no preprocessor_config.json in the folder")
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    return lambda image: np.asarray(
+        processor(image, return_tensors="np")["pixel_values"][0], np.float32
+    ).transpose(1, 2, 0)
+
+
+def _hf_tokens(folder: Path, foreign: Mapping[str, Any], context_length: int) -> Callable[[str], list[int]]:
+    transformers = import_peer("transformers", what="the proof")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    encode = functools.partial(tokenizer, truncation=True, max_length=context_length)
+    return lambda text: list(encode(text)["input_ids"])
+
+
+_pixels = {"open_clip": _open_clip_pixels, "hf": _hf_pixels}
+_tokens = {"open_clip": _open_clip_tokens, "hf": _hf_tokens}
