@@ -88,6 +88,11 @@ class DualEncoderConfig:
             )
 
     @property
+    def is_alone(self) -> bool:
+        """Whether there is an image tower alone, a text tower alone or a language model alone: no logits, so no scale."""
+        return self.image is None or (self.text is None and self.decoder is None)
+
+    @property
     def image_width(self) -> int:
         """Width of the image tower's pooled vector, 0 without one."""
         return 0 if self.image is None else self.image.output_width
@@ -167,6 +172,8 @@ class DualEncoder(nn.Module):
             )
         self.image_projection = _projection(config.image_projection, config.embed_dim, self.dtype)
         self.text_projection = _projection(config.text_projection, config.embed_dim, self.dtype)
+        if config.is_alone:
+            return
         self.log_scale = self.param(
             "log_scale", nn.initializers.constant(-math.log(config.init_temperature)), (), jnp.float32
         )
@@ -214,7 +221,9 @@ class DualEncoder(nn.Module):
         return _only(out.replace(embed=embed, mask=mask if "tokens" in need else None), need | {"mask"})
 
     def logit_scale_and_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """(scale, bias) of the logits; the bias is 0 where the config has none."""
+        """(scale, bias) of the logits; the bias is 0 where the config has none, and a tower alone has (1, 0)."""
+        if self.config.is_alone:
+            return jnp.ones(()), jnp.zeros(())
         scale = jnp.exp(at_most(self.log_scale, math.log(self.config.max_scale)))
         return scale, self.bias if self.config.init_bias is not None else jnp.zeros(())
 
@@ -309,7 +318,9 @@ class DualEncoder(nn.Module):
             text = self.encode_text(tokens, mask, frozenset({"embed", "pooled", "tokens"}))
             out.append(text)
         if self.config.decoder is not None:
-            visual = self.decoder.visual_tokens(features.tokens, jnp.zeros(rows, bool))
+            visual = (None, None)
+            if self.config.image is not None:
+                visual = self.decoder.visual_tokens(features.tokens, jnp.zeros(rows, bool))
             hidden = self.decoder(*visual, tokens, mask)
             out.append(hidden)
         if self.config.region_encoder is not None:
