@@ -21,7 +21,7 @@ from bvl.models.dropout import RowKeys, drop_path, dropout, fold
 
 Dtype = Any
 RematPolicy = Literal["none", "full", "dots"]
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 ProductImplementation = Literal["auto", "rows", "columns"]
 
 # What the backward pass may keep instead of recomputing, by name.
@@ -176,6 +176,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     # x * sigmoid(1.702 x), the same paper's cruder formula, which OpenAI's CLIP was trained with.
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
 }
 
 
