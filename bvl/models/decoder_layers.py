@@ -188,22 +188,6 @@ class CrossAttention(nn.Module):
         return self.out(rearrange(mixed.astype(self.dtype), "c h l d -> c l (h d)"))
 
 
-class GatedMlp(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases (SwiGLU: Shazeer 2020, arXiv:2002.05202)."""
-
-    hidden: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "c l d"]) -> Float[Array, "c l d"]:
-        def dense(features: int, names: tuple[str, str], name: str) -> Dense:
-            return Dense(features, names=names, use_bias=False, dtype=self.dtype, name=name)
-
-        gate = jax.nn.silu(dense(self.hidden, ("embed", "mlp"), "gate")(x))
-        up = dense(self.hidden, ("embed", "mlp"), "up")(x)
-        return dense(x.shape[-1], ("mlp", "embed"), "down")(gate * up)
-
-
 class DecoderBlock(nn.Module):
     """Self-attention, then cross-attention over visual tokens where the block has it, then an MLP; each with its norm
     in front and a residual."""
@@ -239,7 +223,7 @@ class DecoderBlock(nn.Module):
         if self.cross_attention:
             self.cross, self.cross_norm = CrossAttention(self.width, self.num_heads, dtype=self.dtype), norm()
         if self.activation is None:
-            self.mlp = GatedMlp(self.mlp_hidden, dtype=self.dtype)
+            self.mlp = Mlp(self.mlp_hidden, "swiglu", use_bias=False, dtype=self.dtype)
         else:
             self.mlp = Mlp(self.mlp_hidden, self.activation, dtype=self.dtype)
 

@@ -126,12 +126,13 @@ class Attention(nn.Module):
     """Multi-head attention of `queries` over `keys` (the queries themselves when absent).
 
     qk_norm: layer norm of every head's queries and keys, which keeps the logits small (Dehghani et al. 2023,
-    arXiv:2302.05442, section 2).
+    arXiv:2302.05442, section 2). qkv_bias: of the maps to queries, keys and values.
     """
 
     num_heads: int
     qk_norm: bool = False
     norm_epsilon: float = 1e-5
+    qkv_bias: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -147,7 +148,8 @@ class Attention(nn.Module):
         keys = queries if keys is None else keys
 
         def heads(name: str, x: jax.Array) -> jax.Array:
-            y = Dense(width, names=("embed", "heads"), dtype=self.dtype, name=name)(x)
+            names = ("embed", "heads")
+            y = Dense(width, names=names, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(x)
             y = rearrange(y, "b l (h c) -> b l h c", h=self.num_heads)
             if self.qk_norm and name != "value":
                 y = LayerNorm(self.norm_epsilon, dtype=self.dtype, name=f"{name}_norm")(y)
@@ -182,18 +184,27 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Mlp(nn.Module):
-    """Two affine maps with an activation between."""
+    """Two affine maps with an activation between.
+
+    "swiglu" has a third map, the gate: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202).
+    """
 
     hidden: int
     activation: Activation = "gelu"
+    use_bias: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        h = Dense(self.hidden, names=("embed", "mlp"), dtype=self.dtype, name="up")(x)
-        return Dense(x.shape[-1], names=("mlp", "embed"), dtype=self.dtype, name="down")(
-            ACTIVATIONS[self.activation](h)
-        )
+        def dense(features: int, names: tuple[str, str], name: str) -> Dense:
+            return Dense(features, names=names, use_bias=self.use_bias, dtype=self.dtype, name=name)
+
+        h = dense(self.hidden, ("embed", "mlp"), "up")(x)
+        if self.activation == "swiglu":
+            h = jax.nn.silu(dense(self.hidden, ("embed", "mlp"), "gate")(x)) * h
+        else:
+            h = ACTIVATIONS[self.activation](h)
+        return dense(x.shape[-1], ("mlp", "embed"), "down")(h)
 
 
 class LayerScale(nn.Module):
@@ -220,6 +231,7 @@ class Block(nn.Module):
     norm_epsilon: float = 1e-5
     activation: Activation = "gelu"
     qk_norm: bool = False
+    qkv_bias: bool = True
     layer_scale: float | None = None
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -234,7 +246,12 @@ class Block(nn.Module):
         drop_path_rate: Float[Array, ""] | float | None = None,
     ) -> Float[Array, "b l d"]:
         attention = Attention(
-            self.num_heads, self.qk_norm, self.norm_epsilon, dtype=self.dtype, name="attention"
+            self.num_heads,
+            self.qk_norm,
+            self.norm_epsilon,
+            self.qkv_bias,
+            dtype=self.dtype,
+            name="attention",
         )
         mlp = Mlp(self.mlp_hidden, self.activation, dtype=self.dtype, name="mlp")
         rate = self.drop_path if drop_path_rate is None else drop_path_rate
@@ -268,6 +285,7 @@ class Stack(nn.Module):
     norm_epsilon: float = 1e-5
     activation: Activation = "gelu"
     qk_norm: bool = False
+    qkv_bias: bool = True
     layer_scale: float | None = None
     dropout: float = 0.0
     drop_path: float = 0.0
