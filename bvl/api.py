@@ -11,19 +11,20 @@ from jaxtyping import Float
 from PIL import Image
 
 from bvl.config import Config
+from bvl.conversion import Format, export
+from bvl.convert.parity import TOLERANCE, Tolerance
+from bvl.convert.report import Report
 from bvl.data.long_texts import LongTexts, warn_of_cuts
 from bvl.data.region_prompts import BoxesLike, MasksLike, PointsLike, RegionsLike, check_boxes, check_points
-from bvl.errors import UserError
+from bvl.errors import ConversionError, UserError
 from bvl.evals.base import evaluate
 from bvl.evals.folder import suites_for
 from bvl.evals.writing import best_captions, decode_options, own_scorer
-from bvl.runs import Components, load_components
+from bvl.runs import Components, RunFolder, load_components
 from bvl.tasks import contrastive, describing, locating
 from bvl.tasks.captioning import GuidanceNull, captioning_task_of
 from bvl.tasks.describing import RegionNull
 from bvl.tasks.locating import Detections, Grounded
-
-FOREIGN = ("open_clip:", "hf:")
 
 # The same for all images, or a list for each.
 Phrases = Sequence[str] | Sequence[Sequence[str]]
@@ -58,8 +59,9 @@ class Model:
     params: the parameters, {"model": ..., "heads": {task: ...}}. config: the run's Config.
     """
 
-    def __init__(self, components: Components):
+    def __init__(self, components: Components, source: str = "model"):
         self.components = components
+        self.source = source
 
     @property
     def params(self) -> Any:
@@ -350,19 +352,52 @@ class Model:
         )
         return evaluate(self.components, suites, batch_size=batch_size).flat()
 
+    def export(
+        self,
+        folder: str | Path,
+        format: Format,
+        *,
+        check: bool = True,
+        tolerance: Tolerance = TOLERANCE,
+        hub_id: str | None = None,
+        raises: bool = True,
+    ) -> Report:
+        """Write the model for colleagues who use PyTorch, and compare what their library makes of it with this one.
+
+        format: "open_clip" or "hf" (a folder that `create_model("local-dir:...")` or `from_pretrained` loads), or
+        "torch" (any model, with one file of plain PyTorch that has these same methods). Tokenizer, preprocessing,
+        model card and parity.json go with it.
+        hub_id: of a BERT text tower for open_clip, the public name of a model with the same config.
+        Raises ConversionError where the format cannot hold the model, naming the option, and, unless `raises` is
+        False, where the comparison fails.
+        """
+        report = export(
+            self.components,
+            Path(folder),
+            format,
+            model=self,
+            source=self.source,
+            check=check,
+            tolerance=tolerance,
+            hub_id=hub_id,
+            run=RunFolder(self.source),
+        )
+        if check and raises and not report.passed:
+            raise ConversionError(
+                f"{report.lines()[-1]}; the folder is {folder}, details are in its parity.json"
+            )
+        return report
+
 
 def load(spec: str | Path, *, checkpoint: str | int = "latest") -> Model:
-    """Load a run folder; nothing outside of it is needed.
+    """Load a run folder, or the folder of another library: "open_clip:DIR", "hf:DIR", "hf-hub:NAME".
 
-    checkpoint: "latest", "best" (by the config's checkpoint.best) or a step.
-    Raises UserError (RunFolderError, CheckpointError) for what cannot be loaded.
+    Nothing outside of the folder is needed. A model of another library is not compared with its source here;
+    `bvl convert` does that.
+    checkpoint: of a run folder, "latest", "best" (by the config's checkpoint.best) or a step.
+    Raises UserError (RunFolderError, CheckpointError, ConversionError) for what cannot be loaded.
     """
-    if str(spec).startswith(FOREIGN):
-        raise UserError(
-            f"{spec}: this version of bvl reads run folders only, not open_clip or Hugging Face weights yet; "
-            f"give the folder of a bvl run"
-        )
-    return Model(load_components(spec, checkpoint=checkpoint))
+    return Model(load_components(spec, checkpoint=checkpoint), str(spec))
 
 
 def _components(model: Model | str | Path) -> Components:

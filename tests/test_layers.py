@@ -21,6 +21,7 @@ LAYERS = [
     ("tasks",),
     ("evals",),
     ("train",),
+    ("conversion",),
     ("api",),
     ("report", "launch", "cli"),
 ]

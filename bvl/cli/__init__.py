@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from bvl.cli.convert import add_convert
 from bvl.cli.data import add_data
 from bvl.cli.images import add_images
 from bvl.cli.regions import add_regions
@@ -67,5 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     add_runs(verbs)
     add_images(verbs)
     add_regions(verbs)
+    add_convert(verbs)
     add_data(verbs)
     return parser

@@ -34,6 +34,9 @@ class Tolerance:
     relative: float = 1e-4
 
 
+TOLERANCE = Tolerance()
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """How far a layer or an output of ours lies from theirs, for one probe."""
@@ -65,7 +68,7 @@ def prove(
     foreign: Mapping[str, Any],
     folder: Path,
     *,
-    tolerance: Tolerance = Tolerance(),
+    tolerance: Tolerance = TOLERANCE,
 ) -> list[Difference]:
     """Every difference between our model and the folder's as its own library loads it, tower by tower.
 

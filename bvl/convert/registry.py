@@ -26,6 +26,14 @@ def is_foreign(spec: str | Path) -> bool:
     return str(spec).startswith((*PREFIXES, HUB))
 
 
+def looks_foreign(folder: Path) -> bool:
+    """Whether a folder without a prefix holds a model of another library and no run."""
+    if (folder / CONFIG_FILES["open_clip"]).is_file():
+        return True
+    path = folder / CONFIG_FILES["hf"]
+    return path.is_file() and bool({"model_type", "architectures"} & read_json(path).keys())
+
+
 def open_source(spec: str | Path) -> Source:
     """The folder that a spec names; raises ConversionError where it is none, or has no config."""
     spec = str(spec)

@@ -1,0 +1,203 @@
+"""Models in and out, with proof: a foreign folder becomes a run folder, a run a folder for another library."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from bvl.convert.exporting import export_model
+from bvl.convert.importing import Imported, import_model
+from bvl.convert.inputs_parity import compare_inputs
+from bvl.convert.parity import TOLERANCE, Difference, Tolerance, prove
+from bvl.convert.peers import import_peer
+from bvl.convert.report import Report
+from bvl.errors import ConversionError
+from bvl.runs import Components, RunFolder, components_of, save_components, write_atomic
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["open_clip", "hf", "torch"]
+FORMATS: tuple[Format, ...] = ("open_clip", "hf", "torch")
+LIBRARIES = {"open_clip": "open_clip", "hf": "transformers", "torch": "torch"}
+
+
+def import_run(
+    spec: str | Path,
+    out: Path,
+    *,
+    check: bool = True,
+    tolerance: Tolerance = TOLERANCE,
+    context_length: int | None = None,
+) -> Report:
+    """Write the run folder of a foreign model, and its parity.json.
+
+    check: run both models and compare them. Raises ConversionError, and RunFolderError for a folder that is taken.
+    """
+    _check_free(out)
+    imported = import_model(spec, context_length=context_length)
+    if check:
+        import_peer(LIBRARIES[imported.source.library], what="the proof (--no-check does without)")
+    save_components(components_of(imported), out)
+    report = _import_report(imported, spec, out, check, tolerance)
+    write_atomic(out / "parity.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    return report
+
+
+def _import_report(
+    imported: Imported, spec: str | Path, out: Path, check: bool, tolerance: Tolerance
+) -> Report:
+    source, config, tokenizer = imported.source, imported.config, imported.tokenizer
+    differences = inputs = None
+    if check:
+        differences = prove(
+            config,
+            imported.params,
+            tokenizer,
+            imported.family,
+            source.config,
+            source.folder,
+            tolerance=tolerance,
+        )
+        inputs = compare_inputs(
+            source.library,
+            source.folder,
+            source.config,
+            preprocess=None if config.model.image is None else config.data.preprocess,
+            tokenizer=tokenizer if _reads_text(config) else None,
+        )
+    return Report(
+        str(spec),
+        str(out),
+        imported.family.name,
+        imported.converted,
+        imported.unread,
+        differences,
+        inputs,
+        tolerance,
+    )
+
+
+def export(
+    components: Components,
+    out: Path,
+    format: Format,
+    *,
+    model: Any,
+    source: str,
+    check: bool = True,
+    tolerance: Tolerance = TOLERANCE,
+    hub_id: str | None = None,
+    run: RunFolder | None = None,
+) -> Report:
+    """Write a model for another library: weights, config, tokenizer, preprocessing, model card and parity.json.
+
+    model: the same as components, with the methods of the public API. run: where env.json and eval.json are taken from.
+    check: load the folder with its library and compare. Raises ConversionError where the format cannot hold the model.
+    """
+    if format not in FORMATS:
+        raise ConversionError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
+    _check_free(out)
+    if hub_id is not None and format != "open_clip":
+        raise ConversionError(
+            "hub_id is the name under which open_clip finds a BERT's config: format='open_clip'"
+        )
+    if check:
+        import_peer(LIBRARIES[format], what="the proof (--no-check does without)")
+    out.mkdir(parents=True, exist_ok=True)
+    config, tokenizer = components.config, components.tokenizer
+    if format == "torch":
+        report = _export_torch(components, out, model=model, source=source, check=check, tolerance=tolerance)
+        how_to_load = None
+    else:
+        exported = export_model(
+            out, format, config=config, params=components.params, tokenizer=tokenizer, hub_id=hub_id
+        )
+        differences = inputs = None
+        if check:
+            differences = prove(
+                config,
+                components.params,
+                tokenizer,
+                exported.family,
+                exported.foreign,
+                out,
+                tolerance=tolerance,
+            )
+            inputs = compare_inputs(
+                format,
+                out,
+                exported.foreign,
+                preprocess=None if config.model.image is None else components.preprocess,
+                tokenizer=tokenizer if _reads_text(config) else None,
+            )
+        report = Report(
+            source,
+            str(out),
+            exported.family.name,
+            exported.converted,
+            exported.unwritten,
+            differences,
+            inputs,
+            tolerance,
+        )
+        how_to_load = exported.family.how_to_load(out.name)
+    write_atomic(out / "preprocess.json", json.dumps(components.preprocess.to_dict(), indent=2) + "\n")
+    if not (out / "tokenizer.json").is_file():
+        tokenizer.save(out / "tokenizer.json")
+    write_atomic(out / "parity.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    from bvl.convert.card import model_card
+
+    card = model_card(
+        config,
+        format=format,
+        env=_json(run.env if run else None),
+        evaluation=_json(run.eval if run else None),
+        parity=report.to_dict(),
+        how_to_load=how_to_load,
+    )
+    write_atomic(out / "README.md", card)
+    return report
+
+
+def _export_torch(
+    components: Components, out: Path, *, model: Any, source: str, check: bool, tolerance: Tolerance
+) -> Report:
+    from bvl.convert.torch_format import compare_torch, export_torch
+
+    converted = export_torch(
+        out,
+        config=components.config,
+        params=components.params,
+        tokenizer=components.tokenizer,
+        calibration=components.calibration,
+    )
+    differences = None
+    if check:
+        differences = [
+            Difference(
+                "method",
+                "fixed images and texts",
+                name,
+                "",
+                absolute,
+                relative,
+                (absolute <= tolerance.embed if name.startswith("embed") else relative <= tolerance.relative),
+            )
+            for name, absolute, relative in compare_torch(model, out)
+        ]
+    return Report(source, str(out), "bvl_model.py", converted, {}, differences, None, tolerance)
+
+
+def _reads_text(config: Any) -> bool:
+    return config.model.text is not None or config.model.decoder is not None
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConversionError(f"{out} exists and is not empty; choose another folder")
+
+
+def _json(path: Path | None) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
