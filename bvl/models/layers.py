@@ -21,7 +21,9 @@ from bvl.models.dropout import RowKeys, drop_path, dropout, fold
 
 Dtype = Any
 RematPolicy = Literal["none", "full", "dots"]
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+Activation = Literal[
+    "gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"
+]
 ProductImplementation = Literal["auto", "rows", "columns"]
 
 # What the backward pass may keep instead of recomputing, by name.
@@ -181,12 +183,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+# Activations of an MLP with a gate -> that of the gate (Shazeer 2020, arXiv:2002.05202).
+GATED: dict[str, str] = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 
 
 class Mlp(nn.Module):
     """Two affine maps with an activation between.
 
-    "swiglu" has a third map, the gate: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202).
+    Those of GATED have a third map, as "swiglu": down(silu(gate(x)) * up(x)).
     """
 
     hidden: int
@@ -200,8 +204,9 @@ class Mlp(nn.Module):
             return Dense(features, names=names, use_bias=self.use_bias, dtype=self.dtype, name=name)
 
         h = dense(self.hidden, ("embed", "mlp"), "up")(x)
-        if self.activation == "swiglu":
-            h = jax.nn.silu(dense(self.hidden, ("embed", "mlp"), "gate")(x)) * h
+        if self.activation in GATED:
+            gate = ACTIVATIONS[GATED[self.activation]]
+            h = gate(dense(self.hidden, ("embed", "mlp"), "gate")(x)) * h
         else:
             h = ACTIVATIONS[self.activation](h)
         return dense(x.shape[-1], ("mlp", "embed"), "down")(h)
