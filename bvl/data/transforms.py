@@ -3,12 +3,12 @@
 `apply` turns an image of any size into uint8 [H, W, 3] of the model's size and carries boxes and masks along.
 Normalisation by mean and standard deviation happens on the device; here they are only kept with the preprocessing.
 
-Rounding, the same as that of the transforms PyTorch models are trained with:
+Rounding, the same as that of the transforms PyTorch models are trained with (where these differ, by option):
 
 - `shortest_crop`: the image is resized to whole pixels, the tight side to the target's and the other to
   `int(target * long / short)`; then the centre is cut out at offset `round((resized - target) / 2)`.
 - `squash`: the whole image is resized to the target size.
-- `pad`: both sides are multiplied by the one largest factor that still fits and rounded; the image is placed at
+- `pad`: both sides are divided by the one smallest ratio at which they still fit and rounded; the image is placed at
   offset `(target - resized) // 2` on a canvas of the fill value.
 
 Boxes and masks follow the rounded geometry, not the ideal one. Random crops have fractional borders, are cut and
@@ -35,7 +35,11 @@ MINIMUM_VISIBLE = 0.25
 # Random crops that do not fit are drawn again this often before the largest fitting centre crop is taken.
 CROP_ATTEMPTS = 10
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 _RESIZE_MODES = ("shortest_crop", "squash", "pad")
 
 
@@ -52,23 +56,42 @@ class Preprocess:
     resize: "shortest_crop" (cut the centre), "squash" (ignore the aspect ratio), "pad" (keep everything).
     mean, std: per channel, of values in 0..1; applied on the device, not here.
     fill: grey value 0..255 of the padding.
+    resize_to: what the resize aims at where the centre is cut out of something larger: the shortest side in pixels
+      for "shortest_crop", or (height, width) to cover; None = image_size. Not for "pad".
+    long_side, crop_offset: how the fractions of a pixel are rounded in the long side's length ("down" as torchvision
+      does, "nearest" as open_clip does for inputs that are not square) and in the offset of the centre crop
+      ("nearest", half to even, as torchvision does; "down" as transformers does).
+    passes: "pillow" leaves to Pillow whether rows or columns are resized first: from version 13 on it chooses the
+      cheaper order, for one of three sizes another than before. "width_first" is the order of older versions and of
+      torchvision's tensors. Overshoot of sharp edges is clipped between the passes, so the order can show there.
     """
 
     image_size: int | tuple[int, int]
     resize: Literal["shortest_crop", "squash", "pad"] = "shortest_crop"
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     fill: int = 0
+    resize_to: int | tuple[int, int] | None = None
+    long_side: Literal["down", "nearest"] = "down"
+    crop_offset: Literal["nearest", "down"] = "nearest"
+    passes: Literal["pillow", "width_first"] = "pillow"
 
     def __post_init__(self):
-        if isinstance(self.image_size, list):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        sides = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        if not isinstance(sides, tuple) or len(sides) != 2 or not all(_is_int(s) and s > 0 for s in sides):
-            raise ConfigError(
-                f"image_size is {self.image_size!r}; give a positive number of pixels or (height, width)."
-            )
+        for name in ("image_size", "resize_to"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, value := tuple(value))
+            if value is not None or name == "image_size":
+                _check_sides(name, value)
+        if self.resize_to is not None:
+            if self.resize == "pad":
+                raise ConfigError("resize_to: with resize='pad' nothing is cut off; leave it out.")
+            small = any(r < s for r, s in zip(_pair(self.resize_to), self.height_width, strict=True))
+            if small:
+                raise ConfigError(
+                    f"resize_to is {self.resize_to!r}; it cannot be smaller than image_size, which is cut out of it."
+                )
         if self.resize not in _RESIZE_MODES:
             raise ConfigError(f"resize is {self.resize!r}; choose one of {', '.join(_RESIZE_MODES)}.")
         if self.interpolation not in _RESAMPLING:
@@ -82,13 +105,18 @@ class Preprocess:
             object.__setattr__(self, name, tuple(float(v) for v in value))
         if min(self.std) <= 0:
             raise ConfigError(f"std is {self.std!r}; every value must be above 0.")
+        for name in ("long_side", "crop_offset"):
+            if getattr(self, name) not in ("down", "nearest"):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose down or nearest.")
+        if self.passes not in ("pillow", "width_first"):
+            raise ConfigError(f"passes is {self.passes!r}; choose pillow or width_first.")
         if not _is_int(self.fill) or not 0 <= self.fill <= 255:
             raise ConfigError(f"fill is {self.fill!r}; give a grey value from 0 to 255.")
 
     @property
     def height_width(self) -> tuple[int, int]:
         """The input size as (height, width) in pixels."""
-        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return _pair(self.image_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as values that JSON can hold."""
@@ -243,19 +271,17 @@ def _resize(
 ) -> tuple[Image.Image, tuple[int, int, int, int], AxisAlignedMap]:
     """Cuts and resizes: the picture, where it lies on the output (pixels), and the map original -> output."""
     height, width = preprocess.height_width
-    resample = _RESAMPLING[preprocess.interpolation]
     source_width, source_height = picture.size
     x0, y0, x1, y1 = crop or (0.0, 0.0, float(source_width), float(source_height))
     view = crop_map((x0 / source_width, y0 / source_height, x1 / source_width, y1 / source_height))
 
-    if preprocess.resize == "shortest_crop" and crop is None:
-        if height * source_width >= width * source_height:
-            resized = (max(width, int(height * source_width / source_height)), height)
-        else:
-            resized = (width, max(height, int(width * source_height / source_width)))
-        left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
-        if resized != picture.size:
-            picture = picture.resize(resized, resample)
+    if preprocess.resize != "pad" and crop is None:
+        resized = _size_before_crop(picture.size, preprocess)
+        left, top = (
+            _rounded((side - target) / 2, preprocess.crop_offset)
+            for side, target in zip(resized, (width, height), strict=True)
+        )
+        picture = _resized(picture, resized, (0.0, 0.0, *map(float, picture.size)), preprocess)
         if resized != (width, height):
             picture = picture.crop((left, top, left + width, top + height))
         cut = (left / resized[0], top / resized[1], (left + width) / resized[0], (top + height) / resized[1])
@@ -263,15 +289,49 @@ def _resize(
 
     new_width, new_height = width, height
     if preprocess.resize == "pad":
-        factor = min(width / (x1 - x0), height / (y1 - y0))
-        new_width = max(1, min(width, round((x1 - x0) * factor)))
-        new_height = max(1, min(height, round((y1 - y0) * factor)))
-    if crop is not None or picture.size != (new_width, new_height):
-        picture = picture.resize((new_width, new_height), resample, box=(x0, y0, x1, y1))
+        ratio = max((x1 - x0) / width, (y1 - y0) / height)
+        new_width = max(1, min(width, round((x1 - x0) / ratio)))
+        new_height = max(1, min(height, round((y1 - y0) / ratio)))
+    picture = _resized(picture, (new_width, new_height), (x0, y0, x1, y1), preprocess)
     left, top = (width - new_width) // 2, (height - new_height) // 2
     placed = (left, top, left + new_width, top + new_height)
     target = (placed[0] / width, placed[1] / height, placed[2] / width, placed[3] / height)
     return picture, placed, view.then(place_map(target))
+
+
+def _resized(
+    picture: Image.Image, size: tuple[int, int], box: Rectangle, preprocess: Preprocess
+) -> Image.Image:
+    """The part of a picture in `box` (pixels), resized to `size` (width, height)."""
+    if size == picture.size and box == (0.0, 0.0, *size):
+        return picture
+    resample = _RESAMPLING[preprocess.interpolation]
+    if preprocess.passes == "width_first":
+        x0, y0, x1, y1 = box
+        picture = picture.resize((size[0], picture.size[1]), resample, box=(x0, 0, x1, picture.size[1]))
+        box = (0.0, y0, float(size[0]), y1)
+    return picture.resize(size, resample, box=box)
+
+
+def _size_before_crop(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
+    """(width, height) that an image of `size` is resized to before the centre is cut out."""
+    height, width = _pair(preprocess.image_size if preprocess.resize_to is None else preprocess.resize_to)
+    if preprocess.resize == "squash":
+        return width, height
+
+    def long_side(short: int, source_long: int, source_short: int) -> int:
+        # The order of operations of torchvision and of open_clip, which decides where the quotient is all but whole.
+        if preprocess.long_side == "nearest":
+            return round(source_long / (source_short / short))
+        return int(short * source_long / source_short)
+
+    if height * size[0] >= width * size[1]:
+        return max(width, long_side(height, size[0], size[1])), height
+    return width, max(height, long_side(width, size[1], size[0]))
+
+
+def _rounded(value: float, how: str) -> int:
+    return math.floor(value) if how == "down" else round(value)
 
 
 def _random_crop(
@@ -356,6 +416,16 @@ def sample_mask(
     if not (column_inside.all() and row_inside.all()):
         sampled = np.where(row_inside[:, None] & column_inside[None, :], sampled, 0)
     return sampled
+
+
+def _pair(sides: int | tuple[int, int]) -> tuple[int, int]:
+    return (sides, sides) if isinstance(sides, int) else sides
+
+
+def _check_sides(name: str, value: Any) -> None:
+    sides = _pair(value)
+    if not isinstance(sides, tuple) or len(sides) != 2 or not all(_is_int(s) and s > 0 for s in sides):
+        raise ConfigError(f"{name} is {value!r}; give a positive number of pixels or (height, width).")
 
 
 def _is_int(value: Any) -> bool:
