@@ -60,6 +60,7 @@ class ResNetConfig:
     norm: "synced" or "frozen", see `BatchNorm`; frozen is for small batches and trained weights.
     drop_path: stochastic depth, the rate of the last block; it rises linearly from 0 at the first.
     width, stages: channels of the first stage and blocks of each stage, instead of the variant's.
+    pool_heads: heads of the attention pooling; None = 64 channels each.
     """
 
     variant: str = "RN50"
@@ -68,6 +69,7 @@ class ResNetConfig:
     drop_path: float = 0.0
     width: int | None = None
     stages: tuple[int, ...] | None = None
+    pool_heads: int | None = None
 
     def __post_init__(self):
         check_variant("image", self.variant, VARIANTS)
@@ -76,6 +78,8 @@ class ResNetConfig:
             raise ConfigError(f"image stages={stages}: give the blocks of 4 stages, each at least 1")
         if width < 2 or width % 2:
             raise ConfigError(f"image width={width}: must be even and at least 2")
+        if self.pool_heads is not None and self.pool_heads < 1:
+            raise ConfigError(f"image pool_heads={self.pool_heads}: must be at least 1")
         if self.pooling == "attention" and self.output_width % self.num_heads:
             raise ConfigError(
                 f"image width={width} makes maps of {self.output_width} channels, which {self.num_heads} attention "
@@ -99,8 +103,8 @@ class ResNetConfig:
 
     @property
     def num_heads(self) -> int:
-        """Heads of the attention pooling, 64 channels each."""
-        return max(self.output_width // 64, 1)
+        """Heads of the attention pooling."""
+        return max(self.output_width // 64, 1) if self.pool_heads is None else self.pool_heads
 
     @property
     def pooling(self) -> Literal["attention", "mean"]:

@@ -16,7 +16,7 @@ from bvl.models.features import TextFeatures
 from bvl.models.layers import Activation, LayerNorm, RematPolicy, Stack, normal_init
 from bvl.models.variants import check_sizes
 
-TextPool = Literal["end", "mean", "max", "last", "cls"]
+TextPool = Literal["end", "mean", "max", "last", "cls", "highest"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class TextConfig:
     pool: "end" takes the token at the first end id, "mean" and "max" run over the text tokens, "last" takes the
     last position whatever stands there, "cls" the first.
     attend_padding: padding is read as if it were text, as SigLIP's towers do.
+    qk_norm: layer norm of queries and keys. layer_scale: initial factor of the residual branches.
     dropout: of the embeddings and of both branches of each block; drop_path: stochastic depth.
     token_std, position_std: of the initial embeddings (CLIP's values).
     """
@@ -41,6 +42,8 @@ class TextConfig:
     attend_padding: bool = False
     activation: Activation = "gelu"
     norm_epsilon: float = 1e-5
+    qk_norm: bool = False
+    layer_scale: float | None = None
     dropout: float = 0.0
     drop_path: float = 0.0
     token_std: float = 0.02
@@ -107,6 +110,8 @@ class TextTransformer(nn.Module):
             causal=config.causal,
             activation=config.activation,
             norm_epsilon=config.norm_epsilon,
+            qk_norm=config.qk_norm,
+            layer_scale=config.layer_scale,
             dropout=config.dropout,
             drop_path=config.drop_path,
             scan=config.scan,
@@ -134,8 +139,8 @@ def pool_tokens(
     if pool == "max":
         highest = jnp.where(mask[..., None], x, jnp.finfo(x.dtype).min).max(1)
         return jnp.where(mask.any(1, keepdims=True), highest, 0)
-    first_end = jnp.argmax(tokens == end_id, axis=1)
-    return jnp.take_along_axis(x, first_end[:, None, None], axis=1)[:, 0]
+    place = jnp.argmax(tokens if pool == "highest" else tokens == end_id, axis=1)
+    return jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]
 
 
 def check_length(tokens: Int[Array, "b t"], context_length: int) -> None:

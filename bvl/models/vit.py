@@ -15,7 +15,7 @@ from bvl.errors import ConfigError
 from bvl.models.conv_stem import ConvStem
 from bvl.models.dropout import RowKeys, check_rates, dropout, fold, random_subset
 from bvl.models.features import ImageFeatures
-from bvl.models.grid import grid_of, resize_positions
+from bvl.models.grid import PositionResize, grid_of, resize_positions
 from bvl.models.layers import (
     Activation,
     AttentionPool,
@@ -50,11 +50,20 @@ class ViTConfig:
 
     stem: "patch" embeds each patch by one linear map; "conv" by small strided convolutions, which learn from far
       fewer images (the patch size must then be a power of two). patch_bias: of that linear map.
-    pool: "cls" reads a class token, "mean" averages the patches, "map" attends to them with a learned query. Patch
+    pool: "cls" reads a class token, "pooler" sends it through a dense layer and tanh (the ViT of transformers), "mean"
+      averages the patches, "map" attends to them with a learned query. Patch
       embeddings for heat maps mean most with "mean"; with "cls" only `Mosaic` trains them.
-    pre_norm: one layer norm between embedding and blocks. qk_norm: layer norm of queries and keys.
+    pre_norm: one layer norm between embedding and blocks. qk_norm: layer norm of queries and keys. qkv_bias: of the
+      maps to queries, keys and values.
+    position_resize: how position embeddings are resampled for images of another size (`bvl.models.grid`).
+    whole_patches: an image must be whole patches; where it need not, what is left over at the right and the bottom
+      is not read (SigLIP's So400m/14 at 384 pixels).
     layer_scale: initial factor of the residual branches. registers: learned tokens beside the patches that no
       output reads (Darcet et al. 2024, arXiv:2309.16588).
+    norm_after_pool: `pooled` is the norm of the mean, not the mean of the normed (timm's fc_norm); for pool="mean".
+    class_token: a token in front of the patches; None = only where pool="cls" reads it.
+    prefix_positions: which tokens in front of the patches have position embeddings: the class token, none, or the
+      registers too.
     patch_dropout: share of the patches left out of each training image (Li et al. 2023, arXiv:2212.00794);
       dropout: of the embedding and the residual branches; drop_path: stochastic depth, the rate of the last block.
     mask_channel: a fourth channel of the image, a mask of the region that is meant, is embedded beside the pixels by a
@@ -67,7 +76,7 @@ class ViTConfig:
 
     variant: str = "S/16"
     stem: Literal["patch", "conv"] = "patch"
-    pool: Literal["cls", "mean", "map"] = "map"
+    pool: Literal["cls", "pooler", "mean", "map"] = "map"
     width: int | None = None
     depth: int | None = None
     num_heads: int | None = None
@@ -75,10 +84,16 @@ class ViTConfig:
     patch_bias: bool = True
     pre_norm: bool = False
     qk_norm: bool = False
+    qkv_bias: bool = True
+    position_resize: PositionResize = "antialias"
+    whole_patches: bool = True
     activation: Activation = "gelu"
     norm_epsilon: float = 1e-5
     layer_scale: float | None = None
     registers: int = 0
+    norm_after_pool: bool = False
+    class_token: bool | None = None
+    prefix_positions: Literal["class", "none", "all"] = "class"
     mask_channel: bool = False
     patch_dropout: float = 0.0
     dropout: float = 0.0
@@ -102,6 +117,12 @@ class ViTConfig:
             )
         if self.registers < 0:
             raise ConfigError(f"image registers={self.registers}: must be 0 or more")
+        if self.pool in ("cls", "pooler") and self.class_token is False:
+            raise ConfigError(
+                f"image pool={self.pool!r} reads the class token: class_token=False leaves none"
+            )
+        if self.norm_after_pool and self.pool != "mean":
+            raise ConfigError(f"image norm_after_pool=True belongs to pool='mean'; it is {self.pool!r}")
         check_rates("image", patch_dropout=self.patch_dropout, dropout=self.dropout, drop_path=self.drop_path)
         depth = self.sizes[1]
         if any(not 0 <= block < depth for block in self.levels or ()):
@@ -123,6 +144,16 @@ class ViTConfig:
         return self.sizes[0]
 
     @property
+    def has_class_token(self) -> bool:
+        return self.pool in ("cls", "pooler") if self.class_token is None else self.class_token
+
+    @property
+    def num_prefix_positions(self) -> int:
+        """Rows of the position embeddings in front of those of the patches."""
+        counts = {"class": self.has_class_token, "none": 0, "all": self.has_class_token + self.registers}
+        return int(counts[self.prefix_positions])
+
+    @property
     def level_blocks(self) -> tuple[int, ...]:
         """Numbers of the blocks whose outputs are the levels."""
         depth = self.sizes[1]
@@ -132,6 +163,10 @@ class ViTConfig:
 
     def grid(self, image_size: tuple[int, int], what: str = "image") -> tuple[int, int]:
         """Rows and columns of patches of an image (height, width); raises ConfigError if they do not fit."""
+        if not self.whole_patches:
+            image_size = tuple(side - side % self.patch_size or side for side in image_size)
+        if self.drop_remainder:
+            image_size = tuple(side - side % self.patch_size or side for side in image_size)
         divisor = f"patch size {self.patch_size} of {self.variant}"
         return grid_of(image_size, self.patch_size, what=what, divisor=divisor)
 
@@ -160,6 +195,7 @@ class ViT(nn.Module):
         width, depth, num_heads, mlp_hidden = config.sizes
         trained = config.grid(self.image_size, "data.preprocess.image_size")
         grid = config.grid(image.shape[1:3])
+        image = image[:, : grid[0] * p, : grid[1] * p]
         norm = dict(epsilon=config.norm_epsilon, dtype=self.dtype)
         if image.shape[-1] != 3 and not (config.mask_channel and image.shape[-1] == 4):
             raise ConfigError(
@@ -184,11 +220,11 @@ class ViT(nn.Module):
             masked = rearrange(mask, "b (h p) (w q) 1 -> b (h w) (p q)", p=p, q=p)
             kernel = self.param("mask_embed", zeros_init("patch", "embed"), (p * p, width))
             x = x + masked.astype(self.dtype) @ kernel.astype(self.dtype)
-        prefix = int(config.pool == "cls")
+        prefix = config.num_prefix_positions
         positions = self.param(
             "positions", normal_init(0.02, "position", "embed"), (prefix + trained[0] * trained[1], width)
         )
-        positions = resize_positions(positions, trained, grid).astype(self.dtype)
+        positions = resize_positions(positions, trained, grid, how=config.position_resize).astype(self.dtype)
         x = x + positions[prefix:]
         dropped = keys is not None and config.patch_dropout > 0
         if dropped:
@@ -202,13 +238,14 @@ class ViT(nn.Module):
             rows = jnp.broadcast_to(tokens.astype(self.dtype), (x.shape[0], *tokens.shape))
             return jnp.concatenate([rows, x], axis=1)
 
+        front = []
         if config.registers:
-            x = beside(
-                x, self.param("registers", normal_init(0.02, None, "embed"), (config.registers, width))
-            )
-        if config.pool == "cls":
-            x = beside(x, (self.param("cls", zeros_init("embed"), (width,)) + positions[0])[None])
-        num_prefix = prefix + config.registers
+            front = [self.param("registers", normal_init(0.02, None, "embed"), (config.registers, width))]
+        if config.has_class_token:
+            front = [self.param("cls", zeros_init("embed"), (width,))[None], *front]
+        num_prefix = sum(map(len, front))
+        if front:
+            x = beside(x, jnp.concatenate(front).at[:prefix].add(positions[:prefix]))
         x = dropout(x, config.dropout, fold(keys, 1))
         if config.pre_norm:
             x = LayerNorm(**norm, name="pre_norm")(x)
@@ -219,6 +256,7 @@ class ViT(nn.Module):
             norm_epsilon=config.norm_epsilon,
             activation=config.activation,
             qk_norm=config.qk_norm,
+            qkv_bias=config.qkv_bias,
             layer_scale=config.layer_scale,
             dropout=config.dropout,
             drop_path=config.drop_path,
@@ -229,12 +267,17 @@ class ViT(nn.Module):
         )
         x, maps = stack.run(x, keys=fold(keys, 2), levels=config.level_blocks if levels else ())
         maps = tuple(rearrange(m[:, num_prefix:], "b (h w) d -> b h w d", h=grid[0]) for m in maps)
-        x = LayerNorm(**norm, name="norm")(x)
+        final_norm, unnormed = LayerNorm(**norm, name="norm"), x[:, num_prefix:]
+        x = final_norm(x)
         tokens = x[:, num_prefix:]
         if config.pool == "cls":
             pooled = x[:, 0]
+        elif config.pool == "pooler":
+            pooled = jnp.tanh(Dense(width, names=("embed", None), dtype=self.dtype, name="pooler")(x[:, 0]))
         elif config.pool == "mean":
-            pooled = tokens.astype(jnp.float32).mean(axis=1).astype(self.dtype)
+            pooled = unnormed if config.norm_after_pool else tokens
+            pooled = pooled.astype(jnp.float32).mean(axis=1).astype(self.dtype)
+            pooled = final_norm(pooled) if config.norm_after_pool else pooled
         else:
             pool = AttentionPool(
                 num_heads,
