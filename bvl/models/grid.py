@@ -67,7 +67,5 @@ def cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
         t = np.abs(at - (first + tap))
         near = ((a + 2) * t - (a + 3)) * t * t + 1
         far = ((t - 5) * t + 8) * t * a - 4 * a
-        np.add.at(
-            matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(t <= 1, near, far)
-        )
+        np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(t <= 1, near, far))
     return matrix.astype(np.float32)
