@@ -165,8 +165,6 @@ class ViTConfig:
         """Rows and columns of patches of an image (height, width); raises ConfigError if they do not fit."""
         if not self.whole_patches:
             image_size = tuple(side - side % self.patch_size or side for side in image_size)
-        if self.drop_remainder:
-            image_size = tuple(side - side % self.patch_size or side for side in image_size)
         divisor = f"patch size {self.patch_size} of {self.variant}"
         return grid_of(image_size, self.patch_size, what=what, divisor=divisor)
 
