@@ -13,11 +13,12 @@ from bvl.errors import ConfigError
 from bvl.models.dropout import RowKeys, check_rates, dropout, fold
 from bvl.models.features import TextFeatures
 from bvl.models.layers import (
+    ACTIVATIONS,
+    Activation,
     Dense,
     LayerNorm,
     RematPolicy,
     Stack,
-    gelu,
     normal_init,
     zeros_init,
 )
@@ -61,6 +62,7 @@ class BertConfig:
     type_vocab_size: int = 2
     pool: Literal["cls", "mean", "max", "pooler"] = "cls"
     pool_layers: tuple[int, ...] = ()
+    activation: Activation = "gelu"
     norm_epsilon: float = 1e-12
     dropout: float = 0.1
     drop_path: float = 0.0
@@ -147,6 +149,7 @@ class Bert(nn.Module):
             mlp_hidden=mlp_hidden,
             norm="post",
             norm_epsilon=config.norm_epsilon,
+            activation=config.activation,
             dropout=config.dropout,
             drop_path=config.drop_path,
             scan=config.scan,
@@ -170,15 +173,18 @@ class Bert(nn.Module):
 
 
 class MlmTransform(nn.Module):
-    """What stands between a hidden state and the decoder tied to the token embedding: dense, GELU, layer norm."""
+    """What stands between a hidden state and the decoder tied to the token embedding: dense, activation, layer norm."""
 
     norm_epsilon: float = 1e-12
+    activation: Activation = "gelu"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         x = Dense(x.shape[-1], names=("embed", None), dtype=self.dtype, name="dense")(x)
-        return LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name="norm")(gelu(x))
+        return LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name="norm")(
+            ACTIVATIONS[self.activation](x)
+        )
 
 
 class VocabularyBias(nn.Module):

@@ -16,6 +16,7 @@ from bvl.errors import ConfigError
 from bvl.losses.caption import next_token_loss
 from bvl.models.bert import MlmTransform, VocabularyBias
 from bvl.models.dropout import RowKeys
+from bvl.models.layers import ACTIVATIONS, Activation
 from bvl.tasks.base import Context, Head, LossOutput, ModelInfo, Task, View
 
 
@@ -26,14 +27,20 @@ class MaskedLanguageModel(Task):
     Of each text round(mask_fraction * words) tokens are chosen, at least one; 80 % of them are replaced by the mask
     token, 10 % by a random token, 10 % stay. The loss is the cross-entropy of the chosen ones. The decoder is tied
     to the text tower's token embedding.
+
+    norm_epsilon, activation: of the head, those of BERT's where none are given.
     """
 
     mask_fraction: float = 0.15
+    norm_epsilon: float = 1e-12
+    activation: Activation = "gelu"
     per_example: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 < self.mask_fraction < 1:
             raise ConfigError(f"mask_fraction={self.mask_fraction}: must lie between 0 and 1")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"activation={self.activation!r}: choose one of {', '.join(ACTIVATIONS)}")
 
     def check(self, model_config: Any) -> None:
         if model_config.text is None:
@@ -57,7 +64,9 @@ class MaskedLanguageModel(Task):
                 f"{', '.join(ROLES['mask'])}. Add one to its file, or let bvl train a tokenizer"
             )
         return {
-            "transform": Head(MlmTransform(dtype=info.dtype), ((info.text_width,),)),
+            "transform": Head(
+                MlmTransform(self.norm_epsilon, self.activation, dtype=info.dtype), ((info.text_width,),)
+            ),
             "bias": Head(VocabularyBias(), ((info.vocab_size,),)),
         }
 
