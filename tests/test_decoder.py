@@ -11,8 +11,9 @@ from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.errors import ConfigError
 from bvl.mesh import unbox
-from bvl.models.decoder import Decoder, DecoderConfig, VisualTokens
-from bvl.models.decoder_layers import rotate
+from bvl.models.decoder import Decoder, DecoderConfig
+from bvl.models.rotary import rotate
+from bvl.models.visual_tokens import VisualTokens
 
 # These tests compile far longer than they compute.
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -129,8 +130,8 @@ def test_visual_tokens_that_are_masked_are_not_seen():
 
 def test_unimodal_half_of_coca_does_not_see_the_image_and_is_the_same_for_text_alone():
     decoder, params, _, _, tokens, mask = made("coca")
-    hidden = decoder.apply({"params": params}, tokens, mask, method="embed_text")
-    again = decoder.apply({"params": params}, tokens[1:, 2:], mask[1:, 2:], method="embed_text")
+    hidden, _ = decoder.apply({"params": params}, tokens, mask, method="embed_text")
+    again, _ = decoder.apply({"params": params}, tokens[1:, 2:], mask[1:, 2:], method="embed_text")
     np.testing.assert_allclose(hidden[1, 2:], again[0], atol=1e-5)
     assert "cross" not in params["block_0"] and "cross" in params["block_1"]
 
@@ -150,7 +151,7 @@ def test_parallel_rows_see_both_ways_and_padding_but_not_the_padding_of_the_pref
 
 @pytest.mark.parametrize("queries", [0, 3])
 def test_a_dropped_image_is_one_null_token_whatever_the_image_is(queries):
-    module = VisualTokens(dataclasses.replace(BASE, visual_queries=queries))
+    module = VisualTokens(16, queries)
     tokens = jnp.asarray(np.random.default_rng(0).normal(size=(2, VISUAL, 8)), jnp.float32)
     dropped = jnp.asarray([False, True])
     params = unbox(module.init(jax.random.key(0), tokens, dropped)["params"])
@@ -181,7 +182,6 @@ def test_rotary_positions_are_relative():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(layout="gpt2", tied_head=False), "tied"),
         (dict(layout="coca", depth=1), "at least one"),
         (dict(unimodal_depth=1), "coca"),
         (dict(num_kv_heads=2), "prefix"),

@@ -20,25 +20,35 @@ from jaxtyping import Array, Bool, Float, Int
 from bvl.errors import ConfigError
 from bvl.models.decoder_layers import DecoderBlock, KeysValues, LayerContext, make_norm
 from bvl.models.dropout import RowKeys, check_rates, dropout, fold
-from bvl.models.layers import REMAT_POLICIES, Attention, Dense, LayerNorm, RematPolicy, normal_init
+from bvl.models.layers import REMAT_POLICIES, Activation, RematPolicy, normal_init
+from bvl.models.rotary import RopeScaling
 from bvl.models.variants import check_sizes
+from bvl.models.visual_tokens import VisualTokens
 
 Layout = Literal["gpt2", "coca", "prefix"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A captioner's decoder. Vocabulary and context length are the tokenizer's.
+    """A captioner's decoder, or a language model. Vocabulary and context length are the tokenizer's.
 
-    layout: "gpt2": every block has self-attention, cross-attention and an MLP, learned positions, a tied head
-      (transformers' GPT-2 with cross-attention). "coca": the first `unimodal_depth` blocks (None = half) do not see
-      the image, the others are as in gpt2; without a text tower the first half embeds texts (Yu et al. 2022,
-      arXiv:2205.01917). "prefix": visual tokens stand in front of the text, rotary positions, grouped heads, RMS
-      norms, a gated MLP (Llama, Qwen2).
+    layout: "gpt2": every block has self-attention, cross-attention and an MLP, learned positions (transformers' GPT-2
+      with cross-attention). "coca": the first `unimodal_depth` blocks (None = half) do not see the image, the others
+      are as in gpt2; without a text tower the first half embeds texts (Yu et al. 2022, arXiv:2205.01917). "prefix":
+      visual tokens stand in front of the text, rotary positions, grouped heads, RMS norms, a gated MLP without biases (Llama, Qwen2).
+      Without an image tower there is no cross-attention and nothing in front.
     visual_queries: 0 = the decoder sees all image tokens; n = n tokens, pooled from them by attention.
-    mlp_hidden: None = 4 * width. num_kv_heads: of layout "prefix", None = num_heads.
-    qkv_bias: of layout "prefix" (Qwen2 has it); the other layouts always have biases.
-    tied_head: the vocabulary head is the token embedding; always so in gpt2.
+    class_token: the decoder sees the class token of a ViT before its patches, as in transformers' captioners.
+    null: a dropped image is a learned token; False = a token of zeros, as imported captioners have no other.
+    mlp_hidden: None = 4 * width. activation: None = gelu_tanh, of layout "prefix" swiglu.
+    num_kv_heads, head_dim: of layout "prefix", None = num_heads, and width / num_heads.
+    qkv_bias, out_bias, mlp_bias: of layout "prefix" (Qwen2 has the first); the other layouts always have biases.
+    rope_theta, rope_scaling: of layout "prefix"; see bvl/models/rotary.py.
+    tied_head: the vocabulary head is the token embedding.
+    unimodal_heads, unimodal_mlp_hidden: of layout "coca", for the blocks that do not see the image; None = as the rest.
+    text_class, cross_mlp: of layout "coca", as open_clip's CoCa has them. text_class: a learned token behind the text
+      is its embedding; it sees the text and one place behind it, but itself only where the text fills the context.
+      cross_mlp: cross-attention stands behind a block's MLP, norms the visual tokens and has an MLP of its own.
     dropout: of the embeddings and of each branch of each block.
     """
 
@@ -56,44 +66,66 @@ class DecoderConfig:
     tied_head: bool = True
     dropout: float = 0.0
     remat: RematPolicy = "none"
+    activation: Activation | None = None
+    head_dim: int | None = None
+    out_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+    class_token: bool = False
+    null: bool = True
+    unimodal_heads: int | None = None
+    unimodal_mlp_hidden: int | None = None
+    text_class: bool = False
+    cross_mlp: bool = False
 
     def __post_init__(self):
-        check_sizes("decoder", self.sizes)
+        # A head of another size than width / num_heads need not divide the width.
+        width, depth, num_heads, hidden = self.sizes
+        check_sizes("decoder", (width, depth, 1 if self.head_dim else num_heads, hidden))
         check_rates("decoder", dropout=self.dropout)
         if self.visual_queries < 0:
             raise ConfigError(
                 f"decoder visual_queries={self.visual_queries}: 0 for all image tokens, or a number"
             )
-        if self.unimodal_depth is not None and self.layout != "coca":
-            raise ConfigError(f"decoder unimodal_depth belongs to layout='coca', not {self.layout!r}")
-        if self.layout == "coca" and not 0 < self.num_unimodal < self.depth:
-            raise ConfigError(
-                f"decoder depth={self.depth}, unimodal_depth={self.num_unimodal}: layout='coca' needs at least one "
-                "block of each kind"
-            )
-        if self.layout == "gpt2" and not self.tied_head:
-            raise ConfigError(
-                "decoder layout='gpt2' has a tied head; tied_head=False goes with coca and prefix"
-            )
-        # The default also stands in the configs of runs that do not read it.
-        if self.layout != "prefix" and self.rope_theta != 10000.0:
-            raise ConfigError(
-                f"decoder rope_theta={self.rope_theta} belongs to layout='prefix', not {self.layout!r}"
-            )
-        if self.layout != "prefix" and (self.num_kv_heads is not None or self.qkv_bias):
-            raise ConfigError("decoder num_kv_heads and qkv_bias belong to layout='prefix'")
-        if self.num_heads % self.kv_heads:
+        # The defaults also stand in the configs of runs that do not read them.
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for layout, names in _OPTIONS_OF.items():
+            for name in names:
+                if self.layout != layout and getattr(self, name) != defaults[name]:
+                    raise ConfigError(
+                        f"decoder {name}={getattr(self, name)} belongs to layout={layout!r}, not {self.layout!r}"
+                    )
+        if self.layout == "coca":
+            if not 0 < self.num_unimodal < self.depth:
+                raise ConfigError(
+                    f"decoder depth={self.depth}, unimodal_depth={self.num_unimodal}: layout='coca' needs at least "
+                    "one block of each kind"
+                )
+            check_sizes("decoder unimodal", (width, depth, *self.unimodal_sizes))
+        if self.num_heads < 1 or self.kv_heads < 1 or self.num_heads % self.kv_heads:
             raise ConfigError(
                 f"decoder num_heads={self.num_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if self.layout == "prefix" and self.width // self.num_heads % 2:
-            raise ConfigError("decoder layout='prefix': rotary positions need an even width / num_heads")
+        if self.layout == "prefix" and (self.head_channels < 2 or self.head_channels % 2):
+            raise ConfigError(
+                "decoder layout='prefix': rotary positions need an even width / num_heads, or head_dim"
+            )
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """(width, depth, num_heads, mlp_hidden)."""
         hidden = 4 * self.width if self.mlp_hidden is None else self.mlp_hidden
         return self.width, self.depth, self.num_heads, hidden
+
+    @property
+    def unimodal_sizes(self) -> tuple[int, int]:
+        """(num_heads, mlp_hidden) of the blocks that do not see the image."""
+        heads, hidden = self.sizes[2:]
+        return self.unimodal_heads or heads, self.unimodal_mlp_hidden or hidden
+
+    @property
+    def head_channels(self) -> int:
+        return self.width // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -105,6 +137,16 @@ class DecoderConfig:
         if self.layout != "coca":
             return 0
         return self.depth // 2 if self.unimodal_depth is None else self.unimodal_depth
+
+
+# Layout -> options that are of it alone.
+_OPTIONS_OF = {
+    "prefix": (
+        *("num_kv_heads", "head_dim", "rope_theta", "rope_scaling"),
+        *("qkv_bias", "out_bias", "mlp_bias"),
+    ),
+    "coca": ("unimodal_depth", "unimodal_heads", "unimodal_mlp_hidden", "text_class", "cross_mlp"),
+}
 
 
 @flax.struct.dataclass
@@ -125,45 +167,16 @@ class DecoderContext:
 DecoderCache = tuple[KeysValues, ...]
 
 
-class VisualTokens(nn.Module):
-    """Image tokens -> what the decoder sees of the image: all or pooled tokens, or the null token, at its width.
-
-    The null stands for no image: one learned token, and the other places are masked (Kornblith et al. 2023,
-    arXiv:2307.16686, section 3).
-    """
-
-    config: DecoderConfig
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, tokens: Float[Array, "b l d"], dropped: Bool[Array, " b"]
-    ) -> tuple[Float[Array, "b s w"], Bool[Array, "b s"]]:
-        """(visual tokens, which of them are there); rows that are `dropped` are the null."""
-        count, width = self.config.visual_queries, tokens.shape[-1]
-        if count:
-            queries = self.param("queries", normal_init(width**-0.5, None, "embed"), (count, width))
-            queries = jnp.broadcast_to(queries.astype(self.dtype), (len(tokens), count, width))
-            heads = max(width // 64, 1)
-            heads = heads if width % heads == 0 else 1
-            tokens = Attention(heads, dtype=self.dtype, name="pool")(queries, tokens)
-            tokens = LayerNorm(dtype=self.dtype, name="pool_norm")(tokens)
-        null = self.param("null", normal_init(0.02, "embed"), (width,)).astype(tokens.dtype)
-        first = jnp.arange(tokens.shape[1]) == 0
-        # Masked places are zeroed, so that nothing of a dropped image can be seen.
-        replaced = jnp.where(first[:, None], null, jnp.zeros_like(null))
-        tokens = jnp.where(dropped[:, None, None], replaced, tokens)
-        if width != self.config.width:
-            tokens = Dense(self.config.width, names=("embed", None), dtype=self.dtype, name="project")(tokens)
-        return tokens, first | ~dropped[:, None]
-
-
 class Decoder(nn.Module):
-    """Use through `apply(..., method=...)`: visual_tokens, __call__ (training), prefill, step, embed_text."""
+    """Use through `apply(..., method=...)`: visual_tokens, __call__ (training), prefill, step, embed_text.
+
+    sees_images: False for a language model; `visual` and its mask are then None everywhere.
+    """
 
     config: DecoderConfig
     vocab_size: int
     max_positions: int
+    sees_images: bool = True
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -173,7 +186,8 @@ class Decoder(nn.Module):
         block = DecoderBlock
         if config.remat != "none":
             block = nn.remat(DecoderBlock, policy=REMAT_POLICIES[config.remat])
-        self.visual_tokens = VisualTokens(config, dtype=self.dtype)
+        if self.sees_images:
+            self.visual_tokens = VisualTokens(width, config.visual_queries, config.null, dtype=self.dtype)
         self.token_embed = self.param(
             "token_embed", normal_init(0.02, "vocab", "embed"), (self.vocab_size, width)
         )
@@ -186,25 +200,34 @@ class Decoder(nn.Module):
         self.blocks = [
             block(
                 width=width,
-                num_heads=num_heads,
+                num_heads=heads,
                 mlp_hidden=hidden,
-                num_kv_heads=config.kv_heads,
-                cross_attention=not rotary and i >= config.num_unimodal,
+                num_kv_heads=config.kv_heads if rotary else heads,
+                head_dim=config.head_channels if rotary else width // heads,
+                cross_attention=self.sees_images and not rotary and i >= config.num_unimodal,
+                cross_mlp=config.cross_mlp,
                 norm="rms" if rotary else "layer",
                 norm_epsilon=config.norm_epsilon,
-                activation=None if rotary else "gelu_tanh",
-                qkv_bias=config.qkv_bias if rotary else True,
-                out_bias=not rotary,
+                activation=config.activation or ("swiglu" if rotary else "gelu_tanh"),
+                qkv_bias=config.qkv_bias or not rotary,
+                out_bias=config.out_bias or not rotary,
+                mlp_bias=config.mlp_bias or not rotary,
                 rope_theta=config.rope_theta if rotary else None,
+                rope_scaling=config.rope_scaling,
                 dropout=config.dropout,
                 dtype=self.dtype,
                 name=f"block_{i}",
             )
-            for i in range(depth)
+            for i, (heads, hidden) in enumerate(
+                [config.unimodal_sizes] * config.num_unimodal
+                + [(num_heads, hidden)] * (depth - config.num_unimodal)
+            )
         ]
         self.norm = make_norm("rms" if rotary else "layer", config.norm_epsilon, self.dtype)
         if config.layout == "coca":
             self.unimodal_norm = make_norm("layer", config.norm_epsilon, self.dtype)
+        if config.text_class:
+            self.text_class = self.param("text_class", normal_init(0.01, "embed"), (width,))
 
     def vocabulary(self) -> Float[Array, "v d"]:
         """The table of the vocabulary head: logits = hidden @ table.T."""
@@ -212,8 +235,8 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        visual: Float[Array, "b s d"],
-        visual_mask: Bool[Array, "b s"],
+        visual: Float[Array, "b s d"] | None,
+        visual_mask: Bool[Array, "b s"] | None,
         tokens: Int[Array, "b l"],
         mask: Bool[Array, "b l"],
         parallel: Bool[Array, " b"] | None = None,
@@ -234,8 +257,8 @@ class Decoder(nn.Module):
 
     def prefill(
         self,
-        visual: Float[Array, "c s d"],
-        visual_mask: Bool[Array, "c s"],
+        visual: Float[Array, "c s d"] | None,
+        visual_mask: Bool[Array, "c s"] | None,
         prefix: Int[Array, "c p"],
         prefix_mask: Bool[Array, "c p"],
         max_new: int,
@@ -254,7 +277,7 @@ class Decoder(nn.Module):
         hidden, own, cross = self._whole(
             visual, visual_mask, prefix, prefix_mask, causal & prefix_mask[:, None], None
         )
-        in_front = self.config.layout == "prefix"
+        in_front = self.config.layout == "prefix" and visual is not None
         start = visual.shape[1] if in_front else 0
         context = DecoderContext(
             layers=tuple(LayerContext(prefix=a, visual=b) for a, b in zip(own, cross, strict=True)),
@@ -289,14 +312,22 @@ class Decoder(nn.Module):
 
     def embed_text(
         self, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"], keys: RowKeys | None = None
-    ) -> Float[Array, "b t d"]:
-        """Layout coca: what the blocks that do not see the image make of texts."""
-        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & mask[:, None]
-        positions = _positions(mask)
-        x = dropout(self._embed(tokens, positions), self.config.dropout, fold(keys, 0))
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"] | None]:
+        """Layout coca: what the blocks that do not see the image make of texts, and of the class token behind them."""
+        count = tokens.shape[1]
+        positions, seen = _positions(mask), mask
+        x = self._embed(tokens, positions)
+        if self.config.text_class:
+            behind = self.text_class.astype(self.dtype) + self.positions[count].astype(self.dtype)
+            x = jnp.concatenate([x, jnp.broadcast_to(behind, (len(x), 1, x.shape[-1]))], axis=1)
+            seen = jnp.concatenate([jnp.ones((len(x), 1), bool), mask], axis=1)
+            positions = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=count)
+        causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool)) & seen[:, None]
+        x = dropout(x, self.config.dropout, fold(keys, 0))
         for i in range(self.config.num_unimodal):
             x, _ = self.blocks[i](x, causal, positions, None, None, fold(keys, 1 + i))
-        return self.unimodal_norm(x)
+        x = self.unimodal_norm(x)
+        return x[:, :count], x[:, count] if self.config.text_class else None
 
     def _embed(self, tokens: Int[Array, "c l"], positions: Int[Array, "c l"]) -> Float[Array, "c l d"]:
         x = self.token_embed[tokens].astype(self.dtype)
@@ -311,7 +342,7 @@ class Decoder(nn.Module):
             raise ConfigError(f"{tokens.shape[1]} tokens, but the decoder was made for {self.max_positions}")
         positions = _positions(mask)
         x = dropout(self._embed(tokens, positions), config.dropout, fold(keys, 0))
-        if config.layout == "prefix":
+        if config.layout == "prefix" and visual is not None:
             count = visual.shape[1]
             x = jnp.concatenate([visual.astype(self.dtype), x], axis=1)
             in_front = jnp.broadcast_to(jnp.arange(count), visual_mask.shape)
@@ -324,7 +355,7 @@ class Decoder(nn.Module):
             )
         own, cross = [], []
         for i, block in enumerate(self.blocks):
-            cross.append(block.visual(visual))
+            cross.append(None if visual is None else block.visual(visual))
             x, heads = block(x, seen, positions, cross[-1], visual_mask, fold(keys, 1 + i))
             own.append(heads)
         return self.norm(x[:, -tokens.shape[1] :]), own, cross

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bvl.models.dropout import RowKeys, dropout, fold
 from bvl.models.layers import Activation, Dense, LayerNorm, Mlp, constant_init
+from bvl.models.rotary import RopeScaling, rotate
 
 Norm = Literal["layer", "rms"]
 
@@ -59,53 +60,35 @@ def make_norm(kind: Norm, epsilon: float, dtype: Any) -> nn.Module:
     return (LayerNorm if kind == "layer" else RmsNorm)(epsilon, dtype=dtype)
 
 
-def rotate(
-    x: Float[Array, "*rows l h c"], positions: Int[Array, "*rows l"], theta: float
-) -> Float[Array, "*rows l h c"]:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2).
-
-    Channel i of the first half and channel i of the second half are one pair (the order of Llama and Qwen2), turned by
-    position / theta^(2i / c).
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 class SelfAttention(nn.Module):
     """Self-attention with grouped heads (Ainslie et al. 2023, arXiv:2305.13245) and, with `rope_theta`, rotary positions."""
 
     width: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int
     qkv_bias: bool
     out_bias: bool
     rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
     dtype: Any = jnp.float32
 
     def setup(self):
-        head = self.width // self.num_heads
-
         def dense(features: int, names: tuple[str, str], bias: bool) -> Dense:
             return Dense(features, names=names, use_bias=bias, dtype=self.dtype)
 
-        self.query = dense(self.width, ("embed", "heads"), self.qkv_bias)
-        self.key = dense(self.num_kv_heads * head, ("embed", "heads"), self.qkv_bias)
-        self.value = dense(self.num_kv_heads * head, ("embed", "heads"), self.qkv_bias)
+        self.query = dense(self.num_heads * self.head_dim, ("embed", "heads"), self.qkv_bias)
+        self.key = dense(self.num_kv_heads * self.head_dim, ("embed", "heads"), self.qkv_bias)
+        self.value = dense(self.num_kv_heads * self.head_dim, ("embed", "heads"), self.qkv_bias)
         self.out = dense(self.width, ("heads", "embed"), self.out_bias)
 
     def _heads(self, x: Float[Array, "*rows l d"], positions: Int[Array, "*rows l"]):
-        head = self.width // self.num_heads
-
         def split(y: jax.Array) -> jax.Array:
-            return y.reshape(*y.shape[:-1], -1, head)
+            return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         if self.rope_theta is not None:
-            q, k = (rotate(y, positions, self.rope_theta) for y in (q, k))
+            q, k = (rotate(y, positions, self.rope_theta, self.rope_scaling) for y in (q, k))
         return q, k, v
 
     def __call__(
@@ -190,19 +173,26 @@ class CrossAttention(nn.Module):
 
 class DecoderBlock(nn.Module):
     """Self-attention, then cross-attention over visual tokens where the block has it, then an MLP; each with its norm
-    in front and a residual."""
+    in front and a residual.
+
+    cross_mlp: the cross-attention stands behind the MLP, with a norm of the visual tokens and an MLP of its own.
+    """
 
     width: int
     num_heads: int
     mlp_hidden: int
     num_kv_heads: int
+    head_dim: int
     cross_attention: bool
+    cross_mlp: bool = False
     norm: Norm = "layer"
     norm_epsilon: float = 1e-5
-    activation: Activation | None = "gelu_tanh"  # None: the gated MLP
+    activation: Activation = "gelu_tanh"
     qkv_bias: bool = True
     out_bias: bool = True
+    mlp_bias: bool = True
     rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -210,26 +200,31 @@ class DecoderBlock(nn.Module):
         def norm() -> nn.Module:
             return make_norm(self.norm, self.norm_epsilon, self.dtype)
 
+        def mlp() -> nn.Module:
+            return Mlp(self.mlp_hidden, self.activation, self.mlp_bias, dtype=self.dtype)
+
         self.attention = SelfAttention(
             self.width,
             self.num_heads,
             self.num_kv_heads,
+            self.head_dim,
             self.qkv_bias,
             self.out_bias,
             self.rope_theta,
+            self.rope_scaling,
             dtype=self.dtype,
         )
-        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention_norm, self.mlp_norm, self.mlp = norm(), norm(), mlp()
         if self.cross_attention:
             self.cross, self.cross_norm = CrossAttention(self.width, self.num_heads, dtype=self.dtype), norm()
-        if self.activation is None:
-            self.mlp = Mlp(self.mlp_hidden, "swiglu", use_bias=False, dtype=self.dtype)
-        else:
-            self.mlp = Mlp(self.mlp_hidden, self.activation, dtype=self.dtype)
+            if self.cross_mlp:
+                self.visual_norm, self.image_mlp_norm, self.image_mlp = norm(), norm(), mlp()
 
     def visual(self, visual: Float[Array, "c s d"] | None) -> KeysValues | None:
         """Keys and values of the visual tokens for `__call__` and `step`; None without cross-attention."""
-        return self.cross.keys_values(visual) if self.cross_attention else None
+        if not self.cross_attention:
+            return None
+        return self.cross.keys_values(self.visual_norm(visual) if self.cross_mlp else visual)
 
     def __call__(
         self,
@@ -262,9 +257,16 @@ class DecoderBlock(nn.Module):
         return self._rest(x + y, context.visual, visual_mask), generated
 
     def _rest(self, x, visual, visual_mask, keys: RowKeys | None = None):
-        if self.cross_attention:
-            x = x + dropout(self.cross(self.cross_norm(x), visual, visual_mask), self.dropout, fold(keys, 1))
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, fold(keys, 2))
+        def mlp(x: jax.Array) -> jax.Array:
+            return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, fold(keys, 2))
+
+        if not self.cross_attention:
+            return mlp(x)
+        x = mlp(x) if self.cross_mlp else x
+        x = x + dropout(self.cross(self.cross_norm(x), visual, visual_mask), self.dropout, fold(keys, 1))
+        if not self.cross_mlp:
+            return mlp(x)
+        return x + dropout(self.image_mlp(self.image_mlp_norm(x)), self.dropout, fold(keys, 3))
 
 
 def _write(old: jax.Array, new: jax.Array, t: Int[Array, ""], *, axis: int) -> jax.Array:

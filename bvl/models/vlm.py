@@ -162,7 +162,11 @@ class DualEncoder(nn.Module):
             )
         if config.decoder is not None:
             self.decoder = Decoder(
-                config.decoder, self.vocab_size, self.prefix_length + self.context_length, dtype=self.dtype
+                config.decoder,
+                self.vocab_size,
+                self.prefix_length + self.context_length,
+                sees_images=config.image is not None,
+                dtype=self.dtype,
             )
         if config.region_encoder is not None:
             self.region_encoder = RegionEncoder(config.region_encoder, config.decoder.width, dtype=self.dtype)
@@ -210,8 +214,10 @@ class DualEncoder(nn.Module):
         if self.config.text is not None:
             out = self.text(tokens, mask, keys=keys)
         elif self.config.embeds_text:
-            x = self.decoder.embed_text(tokens, mask, keys)
-            out = TextFeatures(pooled=pool_tokens(x, tokens, mask, "end", self.end_id), tokens=x, mask=mask)
+            x, pooled = self.decoder.embed_text(tokens, mask, keys)
+            if pooled is None:
+                pooled = pool_tokens(x, tokens, mask, "end", self.end_id)
+            out = TextFeatures(pooled=pooled, tokens=x, mask=mask)
         else:
             raise ConfigError(
                 "this model has no text tower (model.text=None), so it gives no text embeddings; a decoder of "
@@ -235,14 +241,17 @@ class DualEncoder(nn.Module):
 
     def decode_train(
         self,
-        visual: Float[Array, "b s w"],
-        visual_mask: Bool[Array, "b s"],
+        visual: Float[Array, "b s w"] | None,
+        visual_mask: Bool[Array, "b s"] | None,
         tokens: Int[Array, "b l"],
         mask: Bool[Array, "b l"],
         parallel: Bool[Array, " b"] | None = None,
         keys: RowKeys | None = None,
     ) -> Float[Array, "b l d"]:
-        """The decoder's hidden states of whole sequences, prefix included (see bvl/models/decoder.py)."""
+        """The decoder's hidden states of whole sequences, prefix included (see bvl/models/decoder.py).
+
+        visual, visual_mask: None for a language model alone, here and in `prefill`.
+        """
         return self.decoder(visual, visual_mask, tokens, mask, parallel, keys)
 
     def vocabulary(self) -> Float[Array, "v d"]:
@@ -251,8 +260,8 @@ class DualEncoder(nn.Module):
 
     def prefill(
         self,
-        visual: Float[Array, "c s w"],
-        visual_mask: Bool[Array, "c s"],
+        visual: Float[Array, "c s w"] | None,
+        visual_mask: Bool[Array, "c s"] | None,
         prefix: Int[Array, "c p"],
         prefix_mask: Bool[Array, "c p"],
         max_new: int,
