@@ -124,6 +124,37 @@ def test_shortest_crop_is_resize_then_centre_crop(size, target, resized, offset,
 
 
 @pytest.mark.parametrize(
+    ("options", "size", "resized", "offset"),
+    [
+        ({"image_size": 48, "crop_offset": "down"}, (51, 48), (51, 48), (1, 0)),
+        ({"image_size": 48, "crop_offset": "nearest"}, (51, 48), (51, 48), (2, 0)),
+        ({"image_size": 48, "crop_offset": "nearest"}, (49, 48), (49, 48), (0, 0)),
+        ({"image_size": 40, "resize_to": 57}, (57, 114), (57, 114), (8, 37)),
+        ({"image_size": (20, 40), "resize_to": 44, "crop_offset": "down"}, (99, 80), (54, 44), (7, 12)),
+        ({"image_size": (40, 60), "long_side": "down"}, (80, 107), (60, 80), (0, 20)),
+        ({"image_size": (40, 60), "long_side": "nearest"}, (80, 107), (60, 80), (0, 20)),
+        ({"image_size": (40, 60), "long_side": "down"}, (88, 30), (117, 40), (28, 0)),
+        ({"image_size": (41, 40), "long_side": "nearest"}, (80, 47), (70, 41), (15, 0)),
+        ({"image_size": (41, 40), "long_side": "down"}, (80, 47), (69, 41), (14, 0)),
+        ({"image_size": 40, "resize_to": (50, 60), "resize": "squash"}, (33, 99), (60, 50), (10, 5)),
+    ],
+)
+@pytest.mark.parametrize("passes", ["pillow", "width_first"])
+def test_what_is_cut_out_of_what(options, size, resized, offset, passes):
+    picture = Image.fromarray(noise(size[1], size[0]))
+    preprocess = Preprocess(**options, passes=passes)
+    height, width = preprocess.height_width
+    method = Image.Resampling.BICUBIC
+    whole = picture.resize((resized[0], size[1]), method) if passes == "width_first" else picture
+    expected = np.asarray(whole.resize(resized, method))[offset[1] :, offset[0] :][:height, :width]
+    result = apply(picture, preprocess=preprocess, boxes=np.array([[0, 0, 1, 1]]))
+    np.testing.assert_array_equal(result.image, expected)
+    left, top = -offset[0] / width, -offset[1] / height
+    whole = [[left, top, left + resized[0] / width, top + resized[1] / height]]
+    np.testing.assert_allclose(result.to_original.inverse().boxes([[0, 0, 1, 1]]), whole)
+
+
+@pytest.mark.parametrize(
     ("size", "target", "placed"),
     [
         ((100, 50), 40, (0, 10, 40, 30)),
@@ -183,8 +214,16 @@ def test_grey_and_colour_pictures_give_the_same(resize, augment):
 
 @st.composite
 def settings_of_apply(draw, *, crop=True):
+    height, width = draw(st.integers(24, 64)), draw(st.integers(24, 64))
+    resize = draw(st.sampled_from(MODES))
+    larger = resize != "pad" and draw(st.booleans())
     preprocess = Preprocess(
-        image_size=(draw(st.integers(24, 64)), draw(st.integers(24, 64))), resize=draw(st.sampled_from(MODES))
+        image_size=(height, width),
+        resize=resize,
+        resize_to=(height + draw(st.integers(0, 9)), width + draw(st.integers(0, 9))) if larger else None,
+        long_side=draw(st.sampled_from(["down", "nearest"])),
+        crop_offset=draw(st.sampled_from(["down", "nearest"])),
+        passes=draw(st.sampled_from(["pillow", "width_first"])),
     )
     low = draw(st.floats(0.3, 1.0)) if crop else 1.0
     augment = Augment(crop_scale=(low, 1.0), flip_horizontal=True, flip_vertical=True, brightness=0.2)
@@ -407,8 +446,9 @@ def test_a_mask_may_have_another_resolution_but_not_another_shape():
 
 
 @pytest.mark.parametrize("image_size", [32, (32, 48)])
-def test_preprocess_survives_json(image_size):
-    preprocess = Preprocess(image_size=image_size, resize="pad", mean=(0.1, 0.2, 0.3), fill=4)
+@pytest.mark.parametrize("options", [{"resize": "pad", "fill": 4}, {"resize_to": (60, 50)}])
+def test_preprocess_survives_json(image_size, options):
+    preprocess = Preprocess(image_size=image_size, mean=(0.1, 0.2, 0.3), **options)
     assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
 
 
@@ -422,6 +462,12 @@ def test_preprocess_survives_json(image_size):
         (Preprocess, {"image_size": 4, "mean": (0.5, 0.5)}, "mean"),
         (Preprocess, {"image_size": 4, "std": (0.5, 0, 0.5)}, "std"),
         (Preprocess, {"image_size": 4, "fill": 256}, "fill"),
+        (Preprocess, {"image_size": 4, "resize_to": (8, 3)}, "resize_to.*smaller than image_size"),
+        (Preprocess, {"image_size": 4, "resize_to": 0}, "resize_to"),
+        (Preprocess, {"image_size": 4, "resize_to": 8, "resize": "pad"}, "resize_to.*pad"),
+        (Preprocess, {"image_size": 4, "long_side": "up"}, "long_side.*down or nearest"),
+        (Preprocess, {"image_size": 4, "crop_offset": "up"}, "crop_offset.*down or nearest"),
+        (Preprocess, {"image_size": 4, "passes": "both"}, "pillow or width_first"),
         (Augment, {"crop_scale": (0, 1)}, "crop_scale"),
         (Augment, {"crop_scale": (0.5, 1.5)}, "crop_scale"),
         (Augment, {"crop_scale": 0.5}, "crop_scale"),
