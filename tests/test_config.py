@@ -147,7 +147,7 @@ def test_a_whole_entry_by_its_fields(config):
         ("eval.stop_min_delta=-1", ["stop_min_delta", "at least 0"]),
         ("eval.stop_mode=maximum", ["stop_mode", "did you mean 'max'"]),
         ("optim.lr=fast", ["optim.lr='fast' is not"]),
-        ("model.image.pool=max", ["'max' is not one of 'cls', 'mean', 'map'", "'map'"]),
+        ("model.image.pool=max", ["'max' is not one of 'cls', 'pooler', 'mean', 'map'", "'map'"]),
         ("data.train.2.weight=1", ["data.train.2", "2 entries"]),
         ("data.train.first.weight=1", ["data.train.first", "numbered from 0"]),
         ("mesh.shape=2,4", ["mesh.shape=(2, 4)"]),
