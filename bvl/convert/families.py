@@ -154,6 +154,15 @@ class Family:
         """The foreign config of a model of ours; raises ConversionError naming the option that prevents it."""
         raise ConversionError(f"bvl does not write {self.name}")
 
+    def placed(self, foreign: Mapping[str, Any], folder: Path, *, hub_id: str | None) -> dict[str, Any]:
+        """The foreign config where it says in which folder it lies; hub_id: what it names instead.
+
+        Raises ConversionError for a hub_id that has no use.
+        """
+        if hub_id is not None:
+            raise ConversionError(f"hub_id={hub_id!r}: the config of {self.name} names no other model")
+        return dict(foreign)
+
     def write_files(
         self, folder: Path, foreign: Mapping[str, Any], config: Config, tokenizer: Tokenizer
     ) -> None:
