@@ -13,6 +13,8 @@ MODULES = ("coca", "open_clip", "hf_captioner", "hf_dual", "hf_vision", "hf_bert
 CONFIG_FILES: dict[Library, str] = {"open_clip": "open_clip_config.json", "hf": "config.json"}
 PREFIXES = tuple(f"{library}:" for library in CONFIG_FILES)
 HUB = "hf-hub:"
+# Configs, tokenizers and indices of shards.
+_TEXT_FILES = ("*.json", "*.txt", "*.model")
 
 
 def families(library: Library | None = None) -> tuple[Family, ...]:
@@ -75,14 +77,13 @@ def _from_hub(name: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
-            )
-        )
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_TEXT_FILES, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(name, allow_patterns=[*_TEXT_FILES, "*.bin"])
+        return folder
     except Exception as error:  # whatever goes wrong with the network, the name or the rights
         raise ConversionError(
             f"{HUB}{name} could not be fetched ({type(error).__name__}). Where there is a network, download the "
-            f"repository {name} with its config, weights and tokenizer files (huggingface-cli download {name} "
+            f"repository {name} with its config, weights and tokenizer files (hf download {name} "
             "--local-dir DIR), and give its folder: open_clip:DIR or hf:DIR"
         ) from error
