@@ -55,6 +55,7 @@ class ViTConfig:
       embeddings for heat maps mean most with "mean"; with "cls" only `Mosaic` trains them.
     pre_norm: one layer norm between embedding and blocks. qk_norm: layer norm of queries and keys. qkv_bias: of the
       maps to queries, keys and values.
+    position_size: image size (height, width) that the position embeddings are for, None = data.preprocess.image_size.
     position_resize: how position embeddings are resampled for images of another size (`bvl.models.grid`).
     whole_patches: an image must be whole patches; where it need not, what is left over at the right and the bottom
       is not read (SigLIP's So400m/14 at 384 pixels).
@@ -85,6 +86,7 @@ class ViTConfig:
     pre_norm: bool = False
     qk_norm: bool = False
     qkv_bias: bool = True
+    position_size: tuple[int, int] | None = None
     position_resize: PositionResize = "antialias"
     whole_patches: bool = True
     activation: Activation = "gelu"
@@ -168,6 +170,12 @@ class ViTConfig:
         divisor = f"patch size {self.patch_size} of {self.variant}"
         return grid_of(image_size, self.patch_size, what=what, divisor=divisor)
 
+    def position_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the position embeddings, where images are preprocessed to `image_size`."""
+        if self.position_size is not None:
+            return self.grid(self.position_size, "model.image.position_size")
+        return self.grid(image_size, "data.preprocess.image_size")
+
     def make(self, *, image_size: tuple[int, int], dtype: Any) -> ViT:
         """The tower, with position embeddings for images of `image_size` (height, width)."""
         return ViT(self, image_size, dtype=dtype)
@@ -191,7 +199,7 @@ class ViT(nn.Module):
     ) -> ImageFeatures:
         config, p = self.config, self.config.patch_size
         width, depth, num_heads, mlp_hidden = config.sizes
-        trained = config.grid(self.image_size, "data.preprocess.image_size")
+        trained = config.position_grid(self.image_size)
         grid = config.grid(image.shape[1:3])
         image = image[:, : grid[0] * p, : grid[1] * p]
         norm = dict(epsilon=config.norm_epsilon, dtype=self.dtype)
