@@ -256,7 +256,7 @@ def to_ours(
     for row in table.rows:
         if held[0] != row.theirs:  # parts of one tensor follow each other
             held = (row.theirs, tensors.load(row.theirs).astype(np.float32, copy=False))
-        params[row.ours] = np.ascontiguousarray(_import(row, held[1]))
+        params[row.ours] = np.asarray(_import(row, held[1]), order="C")
         report.append(_converted(row, shapes[row.ours], held[1].shape))
     return params, report
 
@@ -286,7 +286,7 @@ def to_theirs(
         if row.part is not None and [r.part[0] for r, _ in found] != list(range(row.part[1])):
             raise ConversionError(f"{where}: the conversion table has not all {row.part[1]} parts of {name}")
         x = found[0][1] if row.part is None else np.concatenate([x for _, x in found], axis=row.axis)
-        tensors[name] = np.ascontiguousarray(x.reshape((1,) * row.leading + x.shape), dtype=np.float32)
+        tensors[name] = np.asarray(x.reshape((1,) * row.leading + x.shape), np.float32, order="C")
         report += [_converted(r, shapes[r.ours], tensors[name].shape) for r, _ in found]
     for constant in table.constants:
         tensors[constant.theirs] = np.asarray(constant.value, constant.dtype)
