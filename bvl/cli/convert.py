@@ -55,7 +55,11 @@ def add_convert(verbs) -> None:
 
 def _convert(args: argparse.Namespace) -> int:
     import dataclasses
+    import os
 
+    # The libraries' warnings and progress bars hide the report.
+    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
+        os.environ.setdefault(name, value)
     import bvl
     from bvl.conversion import import_run
     from bvl.convert.parity import Tolerance

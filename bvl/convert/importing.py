@@ -72,7 +72,10 @@ def _tokenizer(
                 f"context_length={context_length}: {source.folder} takes 3 to {facts.context_length} tokens; for longer "
                 "texts start a training run from it with data.tokenizer.context_length, which stretches its positions"
             )
-    return read_tokenizer(source.folder, facts, context_length=context_length or facts.context_length)
+    text_cfg = source.config["model_cfg"].get("text_cfg", {}) if source.library == "open_clip" else None
+    return read_tokenizer(
+        source.folder, facts, context_length=context_length or facts.context_length, text_cfg=text_cfg
+    )
 
 
 def config_of(described: Described, tokenizer: TokenizerConfig) -> Config:
