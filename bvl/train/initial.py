@@ -31,7 +31,7 @@ from bvl.errors import CheckpointError, ConfigError
 from bvl.mesh import replicated
 from bvl.models.grid import resize_positions
 from bvl.runs import Components, RunFolder, load_components, write_atomic
-from bvl.train.parameters import map_by_name, parameter_name
+from bvl.train.parameters import map_by_name, named_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -216,8 +216,8 @@ def initial_params(start: Start, config: Config, fresh: Any, mesh: Mesh) -> tupl
     ConfigError for a regular expression that matches nothing.
     """
     choice = _Choice(config.init_include, config.init_exclude)
-    own = _by_name(fresh)
-    given = {spec: _by_name(components.params) for spec, components in start.sources.items()}
+    own = named_leaves(fresh)
+    given = {spec: named_leaves(components.params) for spec, components in start.sources.items()}
     choice.check([*own, *(name for names in given.values() for name in names)])
     own_parts, given_parts = _parts(own), {spec: _parts(names) for spec, names in given.items()}
     owners: dict[str, str] = {}
@@ -356,10 +356,6 @@ def _has_module(names: Iterable[str], name: str) -> bool:
 
 def _shape(x: Any) -> Any:
     return "absent" if x is None else tuple(x.shape)
-
-
-def _by_name(params: Any) -> dict[str, Any]:
-    return {parameter_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def _some(names: list[str]) -> str:

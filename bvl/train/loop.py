@@ -25,8 +25,10 @@ from bvl.train.bad_records import BadRecords
 from bvl.train.early_stop import EarlyStop, early_stop_at
 from bvl.train.environment import enable_compilation_cache, note_start
 from bvl.train.initial import open_start, settled_config, with_tokenizer_options
+from bvl.train.lora import Adapter
 from bvl.train.metrics_log import MetricsLog, ProgressLines
 from bvl.train.optim import make_schedule
+from bvl.train.parameters import named_leaves
 from bvl.train.profile import StepTrace
 from bvl.train.program import TrainState
 from bvl.train.setup import (
@@ -110,9 +112,14 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     try:
         state, sums = first_state(config, checkpoints, plan, start, data.tokenizer, mesh, run)
         run.keep_config(config)
-        num_params = sum(x.size for x in jax.tree.leaves(state.params))
+        sizes = {name: x.size for name, x in named_leaves(state.params).items()}
+        num_trained = sum(size for name, size in sizes.items() if plan.optimizer.trains(name))
         logger.info(
-            "%.2fM parameters on %d device(s), mesh %s", num_params / 1e6, mesh.size, dict(mesh.shape)
+            "%.2fM parameters, %.2fM of them trained, on %d device(s), mesh %s",
+            sum(sizes.values()) / 1e6,
+            num_trained / 1e6,
+            mesh.size,
+            dict(mesh.shape),
         )
         step = int(state.step)
         early_stop = early_stop_at(config.eval, run.metrics, step)
@@ -140,10 +147,11 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
             checkpoints=checkpoints,
             step_fn=lambda state, batch: step_fn(state, frozen_params, to_global(batch, mesh)),
             flops=lambda: step_fn.flops,
-            evaluate=functools.partial(_evaluate, run, config, suites, components),
+            evaluate=functools.partial(_evaluate, run, config, suites, components, program.adapter),
             early_stop=early_stop,
             trace=trace,
             num_devices=mesh.size,
+            adapter=program.adapter,
         )
         return loop.run_to_end(state, sums)
     finally:
@@ -162,6 +170,7 @@ class _Loop:
     early_stop: EarlyStop
     trace: StepTrace
     num_devices: int
+    adapter: Adapter | None
 
     def run_to_end(self, state: TrainState, sums: Any) -> int:
         """Step, log, evaluate, save; returns the exit code."""
@@ -218,7 +227,7 @@ class _Loop:
                     self._check_finite(unchecked)
                     with timing.part("other"):
                         # Rows up to this step are on disk before the checkpoint is: a resume loses none.
-                        self.checkpoints.save(step, checkpoint_items(state, sums), scores)
+                        self.checkpoints.save(step, checkpoint_items(state, sums, self.adapter), scores)
                 if last:
                     break
                 if stopping:
@@ -268,7 +277,7 @@ class _Loop:
             return
         # One more checkpoint could push the best out; where there is none, the work would be lost.
         if not self.checkpoints.steps():
-            self.checkpoints.save(step, checkpoint_items(state, sums), scores)
+            self.checkpoints.save(step, checkpoint_items(state, sums, self.adapter), scores)
             self.checkpoints.wait()
         option, metric = missing[0]
         near = difflib.get_close_matches(metric, scores, n=1, cutoff=0.0)
@@ -330,15 +339,22 @@ def _means(sums: Any) -> dict[str, float]:
 
 
 def _evaluate(
-    run: RunFolder, config: Config, suites: Any, components: Components, state: TrainState, step: int
+    run: RunFolder,
+    config: Config,
+    suites: Any,
+    components: Components,
+    adapter: Adapter | None,
+    state: TrainState,
+    step: int,
 ):
     """Run the suites on the state's parameters (their average, if kept) and write eval.json; returns plain numbers."""
     if not suites:
         return {}
     average = state.ema is not None and config.eval.use_ema
-    current = dataclasses.replace(
-        components, params=state.ema if average else state.params, step=step, _hash=None
-    )
+    params = state.ema if average else state.params
+    if adapter is not None:
+        params = adapter.merged(params)
+    current = dataclasses.replace(components, params=params, step=step, _hash=None)
     results = evaluate(current, suites, batch_size=config.eval.batch_size)
     metrics = write_eval(run, results)
     return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}

@@ -17,13 +17,15 @@ import optax
 
 from bvl.errors import ConfigError
 from bvl.mesh import unbox
+from bvl.train.lora import LoraConfig
 from bvl.train.parameters import (
+    LORA,
     STATISTICS,
     is_matrix,
     layer_factors,
     map_by_name,
     merge,
-    parameter_name,
+    named_leaves,
     split,
 )
 
@@ -46,6 +48,8 @@ class OptimConfig:
     Patterns are regular expressions searched in names such as "model/image/stack/block_0/mlp/up/kernel".
     lr_multipliers: pattern -> factor of the learning rate (first match counts). layer_decay: each layer of a tower
     learns at this fraction of the rate of the layer above it. freeze: patterns without gradient, update or state.
+    lora: train low-rank factors of some kernels in place of the parameters (bvl/train/lora.py); patterns that match
+    a kernel count for its factors.
     accumulate: microbatches a step; gradients are those of the whole batch, except that batch norms see a microbatch.
     ema_decay: 0 keeps no moving average; else the average starts fast, with decay min(ema_decay, (1 + t) / (10 + t)).
     "contrib.schedule_free_adamw" and "contrib.schedule_free_sgd" keep an average of their own, which is evaluated
@@ -76,6 +80,7 @@ class OptimConfig:
     lr_multipliers: dict[str, float] = dataclasses.field(default_factory=dict)
     layer_decay: float | None = None
     freeze: tuple[str, ...] = ()
+    lora: LoraConfig | None = None
     clip_norm: float | None = 1.0
     accumulate: int = 1
     ema_decay: float = 0.0
@@ -168,7 +173,10 @@ class Optimizer:
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name gets a gradient."""
-        return not STATISTICS.search(name) and not any(re.search(p, name) for p in self.config.freeze)
+        plain, lora = name.removeprefix(LORA), self.config.lora
+        if STATISTICS.search(name) or any(re.search(p, plain) for p in self.config.freeze):
+            return False
+        return lora is None or lora.trains(name)
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """(trained, frozen) parameters, boxed or not."""
@@ -206,7 +214,7 @@ def make_optimizer(config: OptimConfig, steps: int, params: Any) -> Optimizer:
     Raises ConfigError for a pattern that matches no parameter, for options the optimiser does not take, and for an
     optimiser that needs more than the gradient, the parameters and the loss.
     """
-    shapes = {parameter_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    shapes = {name: x.shape for name, x in named_leaves(params).items()}
     for option in ("freeze", "lr_multipliers"):
         for pattern in getattr(config, option):
             if not any(re.search(pattern, name) for name in shapes):
@@ -295,7 +303,8 @@ def _multipliers(
     factors = {} if config.layer_decay is None else layer_factors(shapes, config.layer_decay)
 
     def scaled(name: str, update: jax.Array) -> jax.Array:
-        named = next((m for p, m in config.lr_multipliers.items() if re.search(p, name)), 1.0)
+        plain = name.removeprefix(LORA)
+        named = next((m for p, m in config.lr_multipliers.items() if re.search(p, plain)), 1.0)
         return update * named * factors.get(name, 1.0)
 
     return [optax.stateless(lambda updates, _=None: map_by_name(scaled, updates))]

@@ -13,6 +13,8 @@ import numpy as np
 # Batch norms write these themselves (as values sown in "statistics"); no gradient leads to them.
 STATISTICS = re.compile(r"running_(mean|var)$")
 TOWERS = ("model/image/", "model/text/")
+# What the names of low-rank factors begin with; the kernel's own name follows (bvl/train/lora.py).
+LORA = "lora/"
 
 _LAYER = re.compile(r"(stage|layer|block)_(\d+)(?:_block_(\d+))?")
 # What follows the last layer of a tower; all else outside the layers embeds its input.
@@ -24,6 +26,12 @@ _BETWEEN_STAGES = re.compile(r"patch_|positions$")
 def parameter_name(path: tuple[Any, ...]) -> str:
     """ "model/image/..." for a tree path; the boxes that carry axis names add nothing."""
     return "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def named_leaves(tree: Any, *, boxed: bool = False) -> dict[str, Any]:
+    """Name -> leaf; with `boxed` the boxes that carry axis names are the leaves."""
+    is_leaf = (lambda x: isinstance(x, nn.Partitioned)) if boxed else None
+    return {parameter_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
 
 
 def map_by_name(function: Callable[[str, Any], Any], tree: Any, *rest: Any) -> Any:
@@ -61,7 +69,7 @@ def is_matrix(name: str, x: Any) -> bool:
 
 def group_of(name: str) -> str:
     """The group that norms are logged for: "image", "text", "projections", "logits", "heads/<task>"."""
-    parts = name.split("/")
+    parts = name.removeprefix(LORA).split("/")
     if parts[0] == "heads":
         return "/".join(parts[:2])
     if parts[1].endswith("_projection"):
@@ -76,7 +84,13 @@ def layer_factors(shapes: dict[str, tuple[int, ...]], decay: float) -> dict[str,
     and all outside the towers 1 (BEiT: Bao et al. 2022, arXiv:2106.08254, appendix). A layer is a `block_i` of a
     transformer or a `stage_i_block_j` of a ResNet or hybrid, in the order of the numbers; scanned `blocks` get one
     factor for each entry of their leading axis. What embeds a hybrid's patches has the rate of the block above it.
+    Low-rank factors have their kernel's.
     """
+    if low_rank := {name: shape for name, shape in shapes.items() if name.startswith(LORA)}:
+        plain = {name: shape for name, shape in shapes.items() if name not in low_rank}
+        kernels = layer_factors(plain, decay)
+        of_factors = {name: kernels.get(name[len(LORA) :].rpartition("/")[0], 1.0) for name in low_rank}
+        return kernels | of_factors
     factors: dict[str, float | np.ndarray] = {}
     for tower in TOWERS:
         layers = {

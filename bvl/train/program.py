@@ -19,8 +19,9 @@ from bvl.errors import ConfigError
 from bvl.models.dropout import RowKeys, fold, keys_of_parts
 from bvl.models.vlm import DualEncoder, normalize_image
 from bvl.tasks.base import Context, Features, ModelInfo, Task, View
+from bvl.train.lora import Adapter
 from bvl.train.optim import Optimizer
-from bvl.train.parameters import map_by_name, parameter_name
+from bvl.train.parameters import LORA, named_leaves, parameter_name
 
 # Name of a parameter below "model/" -> new value, for the running statistics of batch norms.
 Statistics = dict[str, jax.Array]
@@ -28,7 +29,7 @@ Statistics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-    """`params` = {"model": ..., "heads": {task: {name: ...}}}; `extra` by task.
+    """`params` = {"model": ..., "heads": {task: {name: ...}}}, with low-rank factors also "lora"; `extra` by task.
 
     `ema`: like params, the averaged parameters that are to be evaluated, or None.
     """
@@ -46,6 +47,7 @@ class Program:
 
     frozen: name -> (model, preprocess) of encoders that are only read.
     group_norms: also give norms of gradients, updates and parameters by group.
+    adapter: the low-rank factors that are trained, where there are any.
     """
 
     model: DualEncoder
@@ -57,6 +59,7 @@ class Program:
     ema_decay: float
     frozen: dict[str, tuple[DualEncoder, Preprocess]]
     group_norms: bool = False
+    adapter: Adapter | None = None
 
     def init_params(self, key: jax.Array) -> Any:
         """Fresh parameters, boxed with their logical axis names."""
@@ -69,7 +72,14 @@ class Program:
             for j, (head_name, head) in enumerate(task.heads(self.info).items()):
                 head_key = jax.random.fold_in(jax.random.fold_in(key, 1 + i), j)
                 heads.setdefault(name, {})[head_name] = head.init(head_key)
-        return {"model": model, "heads": heads}
+        params = {"model": model, "heads": heads}
+        if self.adapter is not None:
+            params["lora"] = self.adapter.init(params, jax.random.fold_in(key, _number("lora")))
+        return params
+
+    def merge(self, params: Any) -> Any:
+        """The parameters that the model runs with: {"model": ..., "heads": ...}."""
+        return params if self.adapter is None else self.adapter.merge(params)
 
     def init_state(self, key: jax.Array, optimizer: Optimizer) -> TrainState:
         """A fresh state, boxed; give it to `bvl.mesh.init_sharded`."""
@@ -177,16 +187,13 @@ class Program:
         shares: task -> factor of its loss, and `part` the microbatch's number, where the batch is one of several.
         """
         keys = self.row_keys(batch, rng)
+        learned = [name.removeprefix(LORA) for name in named_leaves(params) if trains(name)]
         trained = {
             kind: keys
             for kind in ("image", "text", "decoder")
-            if kind in params["model"]
-            and any(
-                jax.tree.leaves(
-                    map_by_name(lambda name, _: trains(name), {"model": {kind: params["model"][kind]}})
-                )
-            )
+            if any(name.startswith(f"model/{kind}/") for name in learned)
         }
+        params = self.merge(params)
         views = self.views()
         features, statistics = self.encode(
             self.model, self.preprocess, params["model"], batch, views.get("model", {}), keys=trained

@@ -31,6 +31,7 @@ from bvl.runs import (
 )
 from bvl.tasks.base import ModelInfo
 from bvl.train.initial import Start, initial_params, warn_of_untrained
+from bvl.train.lora import Adapter
 from bvl.train.optim import make_optimizer
 from bvl.train.program import Program, TrainState
 
@@ -198,7 +199,7 @@ def build_program(config: Config, data: Data, frozen: dict[str, Components], mes
         preprocess=config.data.preprocess,
         tasks=config.tasks,
         info=ModelInfo(
-            config.model.image.output_width,
+            config.model.image_width,
             config.model.text_width,
             config.model.embed_dim,
             data.classes,
@@ -212,6 +213,7 @@ def build_program(config: Config, data: Data, frozen: dict[str, Components], mes
         ema_decay=config.optim.ema_decay,
         frozen={name: (c.model, c.preprocess) for name, c in frozen.items()},
         group_norms=config.log.norms,
+        adapter=Adapter.of(config.optim),
     )
 
 
@@ -220,12 +222,14 @@ class Plan:
     """How a state is made and placed, before any of its arrays exists.
 
     init: key -> a fresh state, boxed. target: its shapes and types, unboxed, with their shardings.
+    adapter: as in the program.
     """
 
     init: Callable[[jax.Array], Any]
     optimizer: optax.GradientTransformation
     shardings: Any
     target: Any
+    adapter: Adapter | None = None
 
 
 def plan_state(config: Config, program: Program) -> Plan:
@@ -238,24 +242,31 @@ def plan_state(config: Config, program: Program) -> Plan:
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), unbox(boxed), shardings
     )
-    return Plan(init, optimizer, shardings, target)
+    return Plan(init, optimizer, shardings, target, program.adapter)
 
 
-def checkpoint_items(state: TrainState, sums: dict[str, Any]) -> dict[str, Any]:
-    """The items of a checkpoint. `sums`: metrics since the last logged row, so that a resume logs the same means."""
-    items = {
-        "params": state.params,
-        "rest": {"step": state.step, "opt_state": state.opt_state, "extra": state.extra},
-    }
-    if state.ema is not None:
-        items["ema"] = state.ema
+def checkpoint_items(
+    state: TrainState, sums: dict[str, Any], adapter: Adapter | None = None
+) -> dict[str, Any]:
+    """The items of a checkpoint. `sums`: metrics since the last logged row, so that a resume logs the same means.
+
+    With low-rank factors the parameters are merged, and what was merged goes to the rest.
+    """
+    params, ema = state.params, state.ema
+    rest = {"step": state.step, "opt_state": state.opt_state, "extra": state.extra}
+    if adapter is not None:
+        params, ema, rest["lora"] = adapter.saved(params, ema)
+    items = {"params": params, "rest": rest}
+    if ema is not None:
+        items["ema"] = ema
     return items | ({"sums": sums} if sums else {})
 
 
-def _restore(items: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-    rest = items["rest"]
-    state = TrainState(rest["step"], items["params"], rest["opt_state"], items.get("ema"), rest["extra"])
-    return state, items.get("sums", {})
+def _restore(items: dict[str, Any], adapter: Adapter | None) -> tuple[TrainState, dict[str, Any]]:
+    rest, params, ema = items["rest"], items["params"], items.get("ema")
+    if adapter is not None:
+        params, ema = adapter.restored(params, ema, rest["lora"])
+    return TrainState(rest["step"], params, rest["opt_state"], ema, rest["extra"]), items.get("sums", {})
 
 
 def first_state(
@@ -274,11 +285,11 @@ def first_state(
     3. `init_from`: parameters of other models, at step 0 with a fresh optimiser;
     4. fresh parameters from the seed.
     """
-    items = checkpoint_items(plan.target, {})
+    items = checkpoint_items(plan.target, {}, plan.adapter)
     restored = checkpoints.restore_latest(items, optional={"sums": replicated(mesh)})
     if restored is not None:
         logger.info("resuming from step %d", restored[0])
-        return _restore(restored[1])
+        return _restore(restored[1], plan.adapter)
     if config.resume_from is not None:
         folder = RunFolder(config.resume_from).checkpoints
         if not folder.is_dir():
@@ -293,19 +304,20 @@ def first_state(
                     f"resume_from={config.resume_from} stands at step {step}: steps={config.steps} leaves nothing to train"
                 )
             logger.info("continuing %s from step %d", config.resume_from, step)
-            return _restore(other.restore(step, items, optional={"sums": replicated(mesh)}))
+            return _restore(other.restore(step, items, optional={"sums": replicated(mesh)}), plan.adapter)
         finally:
             other.close()
     fresh = jax.jit(lambda key: unbox(plan.init(key)), out_shardings=plan.shardings)
     state = fresh(jax.random.key(config.seed))
     if start is None:
         return state, {}
-    params, diff = initial_params(start, config, state.params, mesh)
+    plain = {name: state.params[name] for name in ("model", "heads")}
+    plain, diff = initial_params(start, config, plain, mesh)
     for line in diff.lines():
         logger.info("init: %s", line)
     warn_of_untrained(diff, plan.optimizer.trains)
     diff.write(run.path)
-    params = jax.device_put(params, plan.shardings.params)
+    params = jax.device_put({**state.params, **plain}, plan.shardings.params)
     ema = jax.tree.map(lambda x: x.copy(), params) if state.ema is not None else None
     # Some optimisers keep parameters of their own, which must be these too.
     opt_state = jax.jit(plan.optimizer.init, out_shardings=plan.shardings.opt_state)(params)

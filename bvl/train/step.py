@@ -79,7 +79,8 @@ def make_train_step(
         params = map_by_name(
             lambda name, x: statistics.get(name.removeprefix("model/"), x), merge(trained, frozen)
         )
-        extra = {name: task.after_update(extra[name], params) for name, task in program.tasks.items()}
+        plain = program.merge(params)
+        extra = {name: task.after_update(extra[name], plain) for name, task in program.tasks.items()}
         ema = state.ema
         if optimizer.averages:
             ema = optimizer.eval_params(opt_state, params)
