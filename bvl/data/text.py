@@ -203,6 +203,10 @@ class Tokenizer:
         """The same vocabulary for texts of another length."""
         return Tokenizer(self._model, context_length, **self._roles)
 
+    def model(self) -> tokenizers.Tokenizer:
+        """A copy of the Hugging Face model, for what writes tokenizers for other software."""
+        return tokenizers.Tokenizer.from_str(self._model.to_str())
+
     def save(self, path: Path) -> None:
         self._model.save(str(path))
 
@@ -245,12 +249,15 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first end token, without the special tokens and controls."""
+        ids = [int(i) for i in ids]
+        if self.start_id == self.end_id and len(ids) > 1 and ids[0] == self.start_id:
+            ids = ids[1:]
         out = []
         for i in ids:
             if i == self.end_id:
                 break
             if i not in (self.pad_id, self.start_id) and i not in self.control_ids:
-                out.append(int(i))
+                out.append(i)
         text = self._model.decode(out, skip_special_tokens=False).strip()
         return _rejoined(text) if isinstance(self._model.model, tokenizers.models.WordPiece) else text
 
