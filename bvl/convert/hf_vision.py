@@ -1,1 +1,72 @@
-FAMILIES = ()
+"""Image towers alone: ViTModel, Dinov2Model (RAD-DINO's layout) and Dinov2WithRegistersModel of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bvl.convert.families import Described, Family, Layer, Source, Tower
+from bvl.convert.hf_clip_towers import VISION
+from bvl.convert.hf_common import is_class, load_peer, renamed, unit
+from bvl.convert.hf_vision_towers import VisionTower, read_tower
+from bvl.convert.table import Table
+from bvl.convert.tensors import Tensors
+from bvl.models.vit import ViTConfig
+from bvl.models.vlm import DualEncoderConfig
+
+
+class ImageTower(Family):
+    """One class of image tower; its embedding is the class token behind the final norm."""
+
+    library = "hf"
+
+    def __init__(self, tower: VisionTower):
+        self.tower, self.name = tower, tower.class_name
+
+    def accepts(self, source: Source) -> bool:
+        # A classifier's folder holds the tower as well.
+        classifier = self.name.removesuffix("Model") + "ForImageClassification"
+        return is_class(source, self.tower.model_type, self.name, classifier)
+
+    def describe(self, source: Source) -> Described:
+        image, preprocess = read_tower(self.tower, source, source.config, where=str(source.folder))
+        model = DualEncoderConfig(
+            image=image, text=None, embed_dim=image.output_width, image_projection="none"
+        )
+        return Described(model=model, preprocess=preprocess, text=None)
+
+    def tensors(self, source: Source) -> Tensors:
+        return renamed(source.tensors(), self.tower.renames)
+
+    def table(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> Table:
+        return self.tower.table(model.image).under("image/")
+
+    def load_peer(self, folder: Path, foreign: Mapping[str, Any]) -> Any:
+        return load_peer(self.name, folder)
+
+    def towers(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> tuple[Tower, ...]:
+        size = self.tower.image_size(foreign, where=self.name)
+        return (image_tower(self.tower, model.image, size, "", lambda peer: peer),)
+
+
+def image_tower(
+    tower: VisionTower,
+    config: ViTConfig,
+    image_size: tuple[int, int],
+    prefix: str,
+    of: Any,
+    project: Any = None,
+) -> Tower:
+    """How the proof runs an image tower. of: the peer's vision model; prefix: its name there; project: the projection,
+    if any."""
+
+    def run(peer: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        out = tower.run(of(peer), inputs["pixels"], config)
+        return {**out, "embed": unit(project(peer, out["pooled"]) if project else out["pooled"])}
+
+    layers = tuple(Layer(f"image/{x.ours}", prefix + x.theirs, x.how) for x in tower.layers(config))
+    return Tower("image", layers, run, tower.sizes(config, image_size))
+
+
+FAMILIES = tuple(ImageTower(VISION[name]) for name in ("vit", "dinov2", "dinov2_with_registers"))

@@ -1,0 +1,157 @@
+"""What the families of transformers share: names of activations, sizes, scales, and how their peers are loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bvl.convert.families import Source
+from bvl.convert.hf_decoders import activation_of
+from bvl.convert.peers import import_peer
+from bvl.convert.preprocess import from_hf, read_hf
+from bvl.convert.table import Table, linear, norm, table
+from bvl.convert.tensors import Tensors
+from bvl.data.transforms import Preprocess
+from bvl.errors import ConversionError
+from bvl.models.layers import Activation
+
+FOREIGN_ACTIVATIONS: dict[str, str] = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+# CLIP is trained with its scale held at or below this.
+CLIP_MAX_SCALE = 100.0
+# Beyond any scale in use, and far from overflow.
+NO_MAX_SCALE = 1e6
+
+Config = Mapping[str, Any]
+HeightWidth = tuple[int, int]
+# Regular expressions and what stands in place of what they find.
+Rules = tuple[tuple[str, str], ...]
+
+
+def is_class(source: Source, model_type: str, *names: str) -> bool:
+    """Whether the folder holds one of these classes, or says no class but this model type."""
+    classes = source.config.get("architectures")
+    if not classes:
+        return source.config.get("model_type") == model_type
+    return bool(set(classes) & set(names))
+
+
+def activation(config: Config, default: str, *, where: str) -> Activation:
+    """Our name of a foreign config's activation; raises ConversionError for one that bvl has not."""
+    return activation_of(config.get("hidden_act", default), where=where, option="hidden_act")
+
+
+def number(config: Config, key: str, default: Any, *, where: str) -> Any:
+    """A number of a foreign config; raises ConversionError where it is none."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConversionError(f"{where}: {key}={value!r} is no number")
+    return value
+
+
+def integer(config: Config, key: str, default: int, *, where: str) -> int:
+    """A whole number of a foreign config, at least 1; raises ConversionError where it is none."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConversionError(f"{where}: {key}={value!r} is no whole number of at least 1")
+    return value
+
+
+def side(config: Config, key: str, default: int, *, where: str) -> int:
+    """A side in pixels that may be given as a pair of equal numbers."""
+    value = config.get(key, default)
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int):
+        raise ConversionError(
+            f"{where}: {key}={value!r} is not reproduced by bvl: it must be a square's side"
+        )
+    return sides[0]
+
+
+def height_width(config: Config, key: str, default: int, *, where: str) -> HeightWidth:
+    """A size in pixels that may be given as one number."""
+    value = config.get(key, default)
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise ConversionError(f"{where}: {key}={value!r} is no size in pixels")
+    return sides
+
+
+def max_scale(source: Source, tensors: Tensors, name: str = "logit_scale", *, known: float) -> float:
+    """Where our model limits its scale: where the foreign model's training does, unless its scale lies above."""
+    if name not in tensors.shapes:
+        return known
+    found = float(tensors.load(name).astype("float64").reshape(-1)[0])
+    if not math.isfinite(found) or found > math.log(NO_MAX_SCALE):
+        raise ConversionError(f"{source.folder}: {name}={found}: that is no scale of cosines")
+    # float32 rounds the logarithm of 100 up or down.
+    return known if found <= math.log(known) + 1e-6 else NO_MAX_SCALE
+
+
+def read_preprocess(source: Source, image_size: HeightWidth, processor: str) -> Preprocess:
+    """The folder's preprocessing; where it has no file of it, that of the class `processor` in the model's size.
+
+    Raises ConversionError naming an option that bvl does not reproduce.
+    """
+    config = read_hf(source.folder)
+    if config is None:
+        height, width = image_size
+        config = {"image_processor_type": processor, "size": {"height": height, "width": width}}
+        if height == width and processor in ("CLIPImageProcessor", "BitImageProcessor"):
+            config |= {"size": {"shortest_edge": height}, "crop_size": {"height": height, "width": width}}
+    return from_hf(config, default_class=processor)
+
+
+def below(prefix: str, rules: Rules) -> Rules:
+    """Rules of whole names as rules of what stands behind a prefix; the others as they are."""
+    at = f"(?<=^{re.escape(prefix)})"
+    return tuple((at + p.removeprefix("^") if p.startswith("^") else p, to) for p, to in rules)
+
+
+def renamed(tensors: Tensors, rules: Rules) -> Tensors:
+    """Tensors under the names after replacements, one after the other."""
+
+    def rename(name: str) -> str:
+        for pattern, to in rules:
+            name = re.sub(pattern, to, name)
+        return name
+
+    return tensors.renamed(rename)
+
+
+def block(theirs: Mapping[str, str], *, qkv_bias: bool = True) -> Table:
+    """The rows of one layer. theirs: our module below the block ("attention/query") -> their module."""
+    parts = []
+    for ours, name in theirs.items():
+        if ours.endswith("_norm"):
+            parts.append(norm(f"stack/block_{{i}}/{ours}", name))
+        else:
+            has_bias = qkv_bias or ours not in ("attention/query", "attention/key", "attention/value")
+            parts.append(linear(f"stack/block_{{i}}/{ours}", name, bias=has_bias))
+    return table(*parts)
+
+
+def load_peer(class_name: str, folder: Path, **options: Any) -> Any:
+    """A folder as transformers loads it, in float32, for evaluation; ConversionError where it cannot."""
+    transformers = import_peer("transformers", what="the proof")
+    torch = import_peer("torch", what="the proof")
+    try:
+        peer = getattr(transformers, class_name).from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **options
+        )
+    except Exception as error:  # whatever transformers finds wrong with the folder
+        raise ConversionError(f"transformers cannot load {folder} as {class_name}: {error}") from error
+    return peer.eval()
+
+
+def unit(x: Any) -> Any:
+    """A torch tensor's rows at unit norm."""
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)

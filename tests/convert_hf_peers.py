@@ -1,0 +1,49 @@
+"""Small models of transformers with random weights, written to folders by their own library."""
+
+import json
+
+import numpy as np
+from random_peers import randomise, write_tokenizer
+
+BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CLIP_SPECIAL = ("<|pad|>", "<|unk|>", "<|startoftext|>", "<|endoftext|>")
+SIGLIP_SPECIAL = ("<pad>", "</s>", "<unk>")
+
+VISION = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=24, patch_size=8)  # fmt: skip
+DINO = dict(
+    hidden_size=24, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=2, image_size=28, patch_size=7
+)
+TEXT = dict(vocab_size=48, hidden_size=20, num_hidden_layers=2, num_attention_heads=2, intermediate_size=28, max_position_embeddings=10)  # fmt: skip
+
+
+def write(model, folder, *, special=None, words=46, seed=0, spread=0.3):
+    """Save a model of transformers with random weights, and a tokenizer with these special tokens."""
+    randomise(model, seed, spread).save_pretrained(folder)
+    if special is not None:
+        write_tokenizer(folder, words, special)
+    return folder
+
+
+def edit_config(folder, **changes):
+    """Set keys of config.json, or with None remove them."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def edit_weights(folder, change):
+    """Rewrite model.safetensors after `change` of the dict of its arrays."""
+    from safetensors.numpy import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = {name: np.array(x) for name, x in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def clip(T, folder, *, vision=(), text=(), **options):
+    text = TEXT | dict(bos_token_id=2, eos_token_id=3, pad_token_id=0) | dict(text)
+    config = T.CLIPConfig(
+        text_config=text, vision_config=VISION | dict(vision), **dict(projection_dim=12) | options
+    )
+    return write(T.CLIPModel(config), folder, special=CLIP_SPECIAL)
