@@ -1,0 +1,269 @@
+"""Vision transformers of timm as open_clip's image towers: what their names mean, and their table."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from bvl.convert.families import Layer, expect
+from bvl.convert.open_clip_towers import TIMM_OPTIONS, checked, image_size, known_options, vit_sizes
+from bvl.convert.peers import import_peer
+from bvl.convert.table import Row, Table, linear, norm, packed, table
+from bvl.errors import ConversionError
+from bvl.models.vit import ViTConfig
+from bvl.models.vlm import DualEncoderConfig
+
+Size = tuple[int, int]
+
+# The word for the size in a name -> (width, depth, num_heads, mlp_hidden). Heads cannot be told from tensors: from
+# "huge" on they are wider than 64 channels, which is why a name that is not listed needs timm itself.
+_SIZES = {
+    "xsmall": (256, 10, 4, 1024),
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "medium": (512, 12, 8, 2048),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "huge": (1280, 32, 16, 5120),
+    "giant": (1408, 40, 16, 6144),
+    "gigantic": (1664, 48, 16, 8192),
+    "so400m": (1152, 27, 16, 4304),
+    "giantopt": (1536, 40, 16, 6144),
+}
+_CLIP: dict[str, Any] = {"pool": "cls", "patch_bias": False, "pre_norm": True, "norm_epsilon": 1e-5}
+# What stands between patch size and image size in a name -> the options that it means.
+_KINDS: dict[str, dict[str, Any]] = {
+    "": {"pool": "cls", "norm_epsilon": 1e-6},
+    "clip_": _CLIP,
+    "clip_quickgelu_": _CLIP | {"activation": "quick_gelu"},
+    "siglip_": {"pool": "map", "norm_epsilon": 1e-6},
+    "siglip_gap_": {"pool": "mean", "norm_epsilon": 1e-6},
+}
+# Size and patch size -> image sizes, for each kind.
+_PLAIN_SIZES = """tiny 16 224 384; small 8 224; small 16 224 384; small 32 224 384; base 8 224; base 16 224 384;
+    base 32 224 384; large 14 224; large 16 224 384; large 32 224 384; huge 14 224; giant 14 224; gigantic 14 224"""
+_CLIP_SIZES = """xsmall 16 224; medium 16 224; medium 32 224; base 16 224 384; base 32 224 256 384 448; large 14 224 336;
+    huge 14 224 336 378; giant 14 224; gigantic 14 224 378"""
+_QUICK_SIZES = "base 16 224; base 32 224; large 14 224 336; huge 14 224 378; gigantic 14 224"
+_SIGLIP_SIZES = """base 16 224 256 384 512; base 32 256; large 16 256 384 512; so400m 14 224 378 384;
+    so400m 16 256 384 512; giantopt 16 256 384"""
+_GAP_SIZES = _SIGLIP_SIZES + "; so400m 14 448 896"
+# Models of SigLIP 2 that had no predecessor compute GELU by the tanh formula.
+_TANH = re.compile(
+    r"vit_(base_patch32_siglip_(gap_)?256|large_patch16_siglip_(gap_)?512|(so400m|giantopt)_patch16_siglip_.*)"
+)
+# timm's global_pool -> ours.
+_POOLS = {"token": "cls", "avg": "mean", "map": "map"}
+_GELUS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+
+
+def _names() -> dict[str, tuple[ViTConfig, Size]]:
+    out = {}
+    listed = zip(_KINDS, (_PLAIN_SIZES, _CLIP_SIZES, _QUICK_SIZES, _SIGLIP_SIZES, _GAP_SIZES), strict=True)
+    for kind, sizes in listed:
+        for entry in sizes.split(";"):
+            word, patch, *sides = entry.split()
+            for side in sides:
+                name = f"vit_{word}_patch{patch}_{kind}{side}"
+                options = _KINDS[kind] | ({"activation": "gelu_tanh"} if _TANH.fullmatch(name) else {})
+                whole = int(side) % int(patch) == 0
+                config = ViTConfig(**vit_sizes(*_SIZES[word], int(patch)), whole_patches=whole, **options)
+                out[name] = config, (int(side), int(side))
+    return out
+
+
+# Name -> the network and its image size, as timm makes it without further options.
+TRUNKS = _names()
+
+
+def read_vision(vision: Mapping[str, Any], *, where: str) -> tuple[ViTConfig, str, Size]:
+    """(our image tower, its projection, its image size) of a vision_cfg that names a timm model.
+
+    Raises ConversionError for a model that is no plain vision transformer, and for options that we lack.
+    """
+    known_options(
+        vision,
+        {"image_size", "patch_dropout", "width", "layers", "patch_size", "head_width", *TIMM_OPTIONS},
+        where=where,
+    )
+    expect(
+        vision,
+        {"timm_proj": ("linear", "none", ""), "timm_drop": (0.0, 0), "timm_pool": ("avg", "token", "map", "")},
+        where=where,
+    )  # fmt: skip
+    name = str(vision["timm_model_name"]).partition(".")[0]
+    pool, headed = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear") == "linear"
+    config, size = _listed(name, pool, headed=headed) or _built(name, vision, where=where)
+    if image_size(vision) != size:
+        raise ConversionError(
+            f"{where}: image_size={vision.get('image_size', 224)!r}, but {name} reads {size[0]} x {size[1]} pixels "
+            "and open_clip does not tell it otherwise"
+        )
+    config = dataclasses.replace(
+        config,
+        patch_dropout=vision.get("patch_dropout") or 0.0,
+        drop_path=vision.get("timm_drop_path") or 0.0,
+    )
+    if headed:
+        projection = "linear_bias" if vision.get("timm_proj_bias") else "linear"
+    else:
+        projection = "none" if vision["timm_proj"] == "none" else "linear_bias"
+    return config, projection, size
+
+
+def _listed(name: str, pool: str, *, headed: bool) -> tuple[ViTConfig, Size] | None:
+    """A trunk by its name alone; None where timm itself must say."""
+    if name not in TRUNKS:
+        return None
+    config, size = TRUNKS[name]
+    if _POOLS.get(pool) == config.pool or (headed and not pool):
+        return config, size
+    if headed and pool == "avg" and config.pool == "cls":
+        # The pooling is changed after the trunk is made: its norm stays in front of it, and its class token too.
+        return dataclasses.replace(config, pool="mean", class_token=True), size
+    return None
+
+
+def _built(name: str, vision: Mapping[str, Any], *, where: str) -> tuple[ViTConfig, Size]:
+    """A trunk as timm makes it, without memory for its tensors."""
+    timm = import_peer("timm", what=f"{where}: timm_model_name={name!r} is not listed in bvl, so reading it")
+    torch = import_peer("torch", what="timm")
+    pool, proj = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
+    try:
+        with torch.device("meta"):
+            if proj == "linear":
+                trunk = timm.create_model(name)
+                trunk.reset_classifier(0, **({"global_pool": pool} if pool else {}))
+            else:
+                trunk = timm.create_model(name, num_classes=0, global_pool=pool)
+    except Exception as error:  # an unknown name, or options that this model does not take
+        raise ConversionError(f"{where}: timm_model_name={name!r} cannot be made: {error}") from error
+    return _config_of(trunk, where=f"{where}: timm_model_name={name!r}")
+
+
+def _config_of(trunk: Any, *, where: str) -> tuple[ViTConfig, Size]:
+    """Our config of a timm VisionTransformer; raises ConversionError naming what bvl's has not."""
+
+    def require(what: str, found: Any, known: tuple[Any, ...]) -> None:
+        if found not in known:
+            raise ConversionError(f"{where}: {what} is {found}, which bvl does not reproduce")
+
+    def kind(module: Any) -> str:
+        return type(module).__name__
+
+    require("the class", kind(trunk), ("VisionTransformer",))
+    block = trunk.blocks[0]
+    require("the block", kind(block), ("Block",))
+    require("the attention", kind(block.attn), ("Attention",))
+    require("the norm of queries", kind(block.attn.q_norm), ("Identity", "LayerNorm"))
+    require("the norm in the attention", kind(getattr(block.attn, "norm", None)), ("Identity", "NoneType"))
+    require("the MLP", kind(block.mlp), ("Mlp",))
+    require("the norm in the MLP", kind(block.mlp.norm), ("Identity",))
+    require("the norm", kind(block.norm1), ("LayerNorm",))
+    activation = kind(block.mlp.act)
+    require("the activation", activation, tuple(_GELUS))
+    tanh = getattr(block.mlp.act, "approximate", "none") == "tanh"
+    require("the patch embedding", kind(trunk.patch_embed), ("PatchEmbed",))
+    require("its norm", kind(trunk.patch_embed.norm), ("Identity",))
+    require("global_pool", trunk.global_pool, tuple(_POOLS))
+    norms = (kind(trunk.norm), kind(trunk.fc_norm))
+    pool = _POOLS[trunk.global_pool]
+    known_norms = {("LayerNorm", "Identity")} | ({("Identity", "LayerNorm")} if pool == "mean" else set())
+    require("(norm, fc_norm)", norms, tuple(known_norms))
+    require("pos_embed", "none" if trunk.pos_embed is None else "learn", ("learn",))
+    require("pool_include_prefix", trunk.pool_include_prefix, (False,))
+    epsilons = {module.eps for module in trunk.modules() if kind(module) == "LayerNorm"}
+    require("the number of different norm epsilons", len(epsilons), (1,))
+    size, patch = trunk.patch_embed.img_size, trunk.patch_embed.patch_size
+    require("patch_size", patch, ((patch[0], patch[0]),))
+    prefix = "none" if trunk.no_embed_class else "all" if trunk.num_reg_tokens else "class"
+    config = checked(
+        ViTConfig,
+        where=where,
+        **vit_sizes(
+            trunk.embed_dim, len(trunk.blocks), block.attn.num_heads, block.mlp.fc1.out_features, patch[0]
+        ),
+        pool=pool,
+        class_token=True if trunk.has_class_token and pool != "cls" else None,
+        prefix_positions=prefix,
+        norm_after_pool=norms[0] == "Identity",
+        registers=trunk.num_reg_tokens,
+        patch_bias=trunk.patch_embed.proj.bias is not None,
+        pre_norm=kind(trunk.norm_pre) == "LayerNorm",
+        qk_norm=kind(block.attn.q_norm) == "LayerNorm",
+        qkv_bias=block.attn.qkv.bias is not None,
+        layer_scale=getattr(block.ls1, "init_values", 1e-5) if kind(block.ls1) == "LayerScale" else None,
+        activation="gelu_tanh" if tanh else _GELUS[activation],
+        norm_epsilon=epsilons.pop(),
+        whole_patches=not any(side % patch[0] for side in size),
+    )
+    return config, (int(size[0]), int(size[1]))
+
+
+def vision_table(model: DualEncoderConfig, vision: Mapping[str, Any]) -> Table:
+    """The image tower and its projection; names of ours below the model."""
+    config = model.image
+    rows = table(
+        Row("patch_embed/kernel", "patch_embed.proj.weight", "patches"),
+        Row("patch_embed/bias", "patch_embed.proj.bias") if config.patch_bias else (),
+        Row("cls", "cls_token", leading=2) if config.has_class_token else (),
+        Row("registers", "reg_token", leading=1) if config.registers else (),
+        Row("positions", "pos_embed", leading=1),
+        norm("pre_norm", "norm_pre") if config.pre_norm else (),
+        _block(config).under("stack/block_{i}/", "blocks.{i}.").repeat(config.sizes[1]),
+        norm("norm", "fc_norm" if config.norm_after_pool else "norm"),
+        _attention_pool() if config.pool == "map" else (),
+    )
+    head: tuple[Row, ...] = ()
+    if vision.get("timm_proj", "linear") == "linear":
+        head = linear("image_projection", "visual.head.proj", bias=model.image_projection == "linear_bias")
+    elif model.image_projection == "linear_bias":
+        head = linear("image_projection", "visual.trunk.head")
+    return table(rows.under("image/", "visual.trunk."), head)
+
+
+def _block(config: ViTConfig) -> Table:
+    biased = "attn.qkv.bias" if config.qkv_bias else None
+    return table(
+        norm("attention_norm", "norm1"),
+        packed("attention", ("query", "key", "value"), "attn.qkv.weight", biased),
+        (norm("attention/query_norm", "attn.q_norm") + norm("attention/key_norm", "attn.k_norm"))
+        if config.qk_norm
+        else (),
+        linear("attention/out", "attn.proj"),
+        norm("mlp_norm", "norm2"),
+        linear("mlp/up", "mlp.fc1"),
+        linear("mlp/down", "mlp.fc2"),
+        (Row("attention_scale/scale", "ls1.gamma"), Row("mlp_scale/scale", "ls2.gamma"))
+        if config.layer_scale is not None
+        else (),
+    )
+
+
+def _attention_pool() -> Table:
+    rows = table(
+        Row("probe", "latent"),
+        linear("attention/query", "q"),
+        packed("attention", ("key", "value"), "kv.weight", "kv.bias"),
+        linear("attention/out", "proj"),
+        norm("mlp_norm", "norm"),
+        linear("mlp/up", "mlp.fc1"),
+        linear("mlp/down", "mlp.fc2"),
+    )
+    return rows.under("pool/", "attn_pool.")
+
+
+def layers(config: ViTConfig) -> tuple[Layer, ...]:
+    """What the proof compares, from first to last."""
+    trunk = "visual.trunk"
+    found = [Layer("image/patch_embed", f"{trunk}.patch_embed")]
+    if config.pre_norm:
+        found.append(Layer("image/pre_norm", f"{trunk}.norm_pre"))
+    found += [Layer(f"image/stack/block_{i}", f"{trunk}.blocks.{i}") for i in range(config.sizes[1])]
+    if not config.norm_after_pool:
+        found.append(Layer("image/norm", f"{trunk}.norm"))
+    if config.pool == "map":
+        found.append(Layer("image/pool", f"{trunk}.attn_pool"))
+    return tuple(found)
