@@ -326,7 +326,8 @@ def _roles(model: tokenizers.Tokenizer, facts: TextFacts, config: Mapping[str, A
     if around is not None:
         start, end = around
     else:
-        keys = ("cls_token", "sep_token") if facts.kind == "bert" else ("bos_token", "eos_token")
+        first = ("cls_token", "sep_token") if facts.kind in ("bert", "any") else ("bos_token", "eos_token")
+        keys = first if first[0] in config else ("bos_token", "eos_token")
         end = named(keys[1], facts.end_id, usual_end)
         start = named(keys[0], facts.start_id, usual_start)
         if start is None and facts.kind == "siglip":
