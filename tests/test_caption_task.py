@@ -139,7 +139,7 @@ def test_a_captioner_beside_contrast_encodes_images_once(tmp_path, monkeypatch, 
     tasks = {"contrastive": Contrastive(weight=1.0), "caption": Caption(weight=2.0)}
     train(captioner(tmp_path / "run", text=False, layout="coca", tasks=tasks))
     assert {name: view.need for name, view in calls[0].items()} == {
-        "image": {"embed", "tokens"},
+        "image": {"embed", "visual"},
         "text": {"embed"},
     }
     row = metric_rows(tmp_path / "run")[-1]
@@ -159,13 +159,18 @@ def test_a_captioner_starts_from_towers_trained_without_a_decoder(tmp_path, fast
     assert "decoder" in run
 
 
-def test_image_dropout_of_one_trains_a_language_model_without_images(tmp_path, fast_compilation):  # noqa: F811
+@pytest.mark.parametrize("alone", [False, True])
+def test_image_dropout_of_one_trains_a_language_model_without_images(tmp_path, alone, fast_compilation):  # noqa: F811
+    """alone: the model has no image tower, so its decoder has no cross-attention."""
     texts = tmp_path / "texts.csv"
     texts.write_text("id,text\n" + "".join(f"t{i},a nodule in lung {i % 7}\n" for i in range(20)))
     config = captioner(tmp_path / "run", text=False, tasks={"caption": Caption(image_dropout=1.0)})
     data = dataclasses.replace(config.data, train=(Source(root=str(texts)),))
-    train(dataclasses.replace(config, data=data))
+    model = dataclasses.replace(config.model, image=None) if alone else config.model
+    train(dataclasses.replace(config, data=data, model=model))
     assert metric_rows(tmp_path / "run")[-1]["loss/caption"] > 0
+    block = load_components(tmp_path / "run").params["model"]["decoder"]["block_1"]
+    assert ("cross" in block) is not alone
 
 
 def test_a_task_without_a_decoder_and_wrong_rates_are_refused():
@@ -176,5 +181,8 @@ def test_a_task_without_a_decoder_and_wrong_rates_are_refused():
             Caption(**options)
     with pytest.raises(ConfigError, match="no mask token"):
         Caption(parallel=0.5).heads(dataclasses.replace(INFO, mask_id=None))
-    with pytest.raises(ConfigError, match="captioners"):
-        dataclasses.replace(tiny_config().model, text=None)
+    model = captioner().model
+    with pytest.raises(ConfigError, match="needs an image tower.*image_dropout=1"):
+        Caption().check(dataclasses.replace(model, image=None))
+    with pytest.raises(ConfigError, match="model.decoder.null=False"):
+        Caption().check(dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, null=False)))

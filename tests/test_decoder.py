@@ -12,7 +12,7 @@ from tiny_run import fast_compilation  # noqa: F401
 from bvl.errors import ConfigError
 from bvl.mesh import unbox
 from bvl.models.decoder import Decoder, DecoderConfig
-from bvl.models.rotary import rotate
+from bvl.models.rotary import RopeScaling, rotate
 from bvl.models.visual_tokens import VisualTokens
 
 # These tests compile far longer than they compute.
@@ -25,20 +25,35 @@ LAYOUTS = {
     "coca": dataclasses.replace(BASE, layout="coca", tied_head=False),
     "prefix": dataclasses.replace(BASE, layout="prefix", num_kv_heads=2, qkv_bias=True, tied_head=False),
 }
+# As imported models have them.
+IMPORTED = {
+    "language model": dataclasses.replace(BASE, activation="relu", tied_head=False),
+    "llama": dataclasses.replace(
+        LAYOUTS["prefix"], head_dim=6, out_bias=True, mlp_bias=True, activation="geglu",
+        rope_scaling=RopeScaling(kind="llama3", factor=4.0, original_context=16),
+    ),
+    "open_clip": dataclasses.replace(
+        LAYOUTS["coca"], depth=3, unimodal_depth=1, unimodal_heads=2, unimodal_mlp_hidden=24, text_class=True,
+        cross_mlp=True, null=False,
+    ),
+}  # fmt: skip
 
 
 @functools.cache
 def made(layout: str):
     """(decoder, random parameters, visual tokens, their mask, tokens, mask) with two rows of different prefixes."""
-    decoder = Decoder(LAYOUTS[layout], VOCAB, PREFIX + NEW + 1)
+    config = (LAYOUTS | IMPORTED)[layout]
+    decoder = Decoder(config, VOCAB, PREFIX + NEW + 1, sees_images=layout != "language model")
     rng = np.random.default_rng(0)
     visual = jnp.asarray(rng.normal(size=(2, VISUAL, 16)), jnp.float32)
     visual_mask = jnp.asarray([[True] * VISUAL, [True] + [False] * (VISUAL - 1)])
     tokens = jnp.asarray(rng.integers(5, VOCAB, (2, PREFIX + NEW)))
     mask = jnp.asarray([[True] * (PREFIX + NEW), [False, False] + [True] * (PREFIX + NEW - 2)])
+    if not decoder.sees_images:
+        visual = visual_mask = None
 
     def touch(module):
-        if layout == "coca":
+        if config.layout == "coca":
             module.embed_text(tokens, mask)
         return module(visual, visual_mask, tokens, mask)
 
@@ -58,7 +73,7 @@ def all_logits(layout: str) -> np.ndarray:
     return np.asarray(hidden @ table.T)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS | IMPORTED)
 def test_cached_decoding_equals_full_recomputation(layout):
     """Tolerance 1e-5: sums are ordered differently. Three equal continuations see what one would."""
     decoder, params, visual, visual_mask, tokens, mask = made(layout)
@@ -136,6 +151,25 @@ def test_unimodal_half_of_coca_does_not_see_the_image_and_is_the_same_for_text_a
     assert "cross" not in params["block_0"] and "cross" in params["block_1"]
 
 
+def test_the_class_token_behind_a_text_sees_it_and_one_place_more():
+    """As open_clip's does: itself only where the text fills the context. Nobody else sees it."""
+    decoder, params, _, _, tokens, _ = made("open_clip")
+    length = tokens.shape[1]
+    mask = jnp.arange(length) < jnp.asarray([[length], [length - 3]])
+
+    def embed(params, tokens):
+        return decoder.apply({"params": params}, tokens, mask, method="embed_text")
+
+    def moved(pooled):
+        return np.abs(np.asarray(pooled - embed(params, tokens)[1])).max(-1) > 1e-4
+
+    for place, seen in ((length - 4, [True, True]), (length - 3, [True, True]), (length - 2, [True, False])):
+        assert moved(embed(params, tokens.at[:, place].set(1))[1]).tolist() == seen
+    other = embed({**params, "text_class": params["text_class"].at[0].add(1.0)}, tokens)
+    assert moved(other[1]).all(), "it is the query"
+    np.testing.assert_array_equal(other[0], embed(params, tokens)[0])
+
+
 def test_parallel_rows_see_both_ways_and_padding_but_not_the_padding_of_the_prefix():
     decoder, params, visual, visual_mask, tokens, mask = made("gpt2")
     mask = mask.at[:, -2:].set(False)
@@ -188,6 +222,10 @@ def test_rotary_positions_are_relative():
         (dict(rope_theta=5e5), "rope_theta=500000.0 belongs to layout='prefix'"),
         (dict(layout="prefix", num_heads=4, num_kv_heads=3), "multiple"),
         (dict(width=15), "divisible"),
+        (dict(head_dim=8), "head_dim=8 belongs to layout='prefix'"),
+        (dict(layout="prefix", head_dim=3), "even"),
+        (dict(text_class=True), "text_class=True belongs to layout='coca'"),
+        (dict(layout="coca", unimodal_heads=3), "divisible"),
         (dict(visual_queries=-1), "visual_queries"),
         (dict(dropout=1.0), "dropout"),
     ],

@@ -190,8 +190,8 @@ class _Ours:
     def _decoder(model: DualEncoder, pixels, tokens, mask) -> dict[str, Any]:
         visual, visual_mask = None, None
         if pixels is not None:
-            features = model.encode_image(pixels, frozenset({"tokens"}))
-            visual, visual_mask = model.visual_tokens(features.tokens, jnp.zeros(len(pixels), bool))
+            features = model.encode_image(pixels, frozenset({"visual"}))
+            visual, visual_mask = model.visual_tokens(features.for_decoder, jnp.zeros(len(pixels), bool))
         hidden = model.decode_train(visual, visual_mask, tokens, mask)
         return {"logits": hidden @ model.vocabulary().T}
 

@@ -38,7 +38,8 @@ class DecoderConfig:
       visual tokens stand in front of the text, rotary positions, grouped heads, RMS norms, a gated MLP without biases (Llama, Qwen2).
       Without an image tower there is no cross-attention and nothing in front.
     visual_queries: 0 = the decoder sees all image tokens; n = n tokens, pooled from them by attention.
-    class_token: the decoder sees the class token of a ViT before its patches, as in transformers' captioners.
+    visual: "patches", the image tower's tokens; of a ViT also "all", its class token and registers in front of them, or
+      "unnormed", the same before its last norm: what transformers' captioners see of ViT and DINOv2, and of CLIP.
     null: a dropped image is a learned token; False = a token of zeros, as imported captioners have no other.
     mlp_hidden: None = 4 * width. activation: None = gelu_tanh, of layout "prefix" swiglu.
     num_kv_heads, head_dim: of layout "prefix", None = num_heads, and width / num_heads.
@@ -71,7 +72,7 @@ class DecoderConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     rope_scaling: RopeScaling | None = None
-    class_token: bool = False
+    visual: Literal["patches", "all", "unnormed"] = "patches"
     null: bool = True
     unimodal_heads: int | None = None
     unimodal_mlp_hidden: int | None = None

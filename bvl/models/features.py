@@ -14,6 +14,7 @@ class ImageFeatures:
     from early to late), rows and columns first.
     `patches`: each patch pooled alone, as if the image were nothing else; `patch_embed`: these in the shared space, of
     unit norm, so that they can be compared with texts.
+    `visual`: what a text decoder reads, where that is not `tokens`; see `for_decoder`.
     """
 
     embed: Float[Array, "b e"] | None = None
@@ -22,8 +23,14 @@ class ImageFeatures:
     levels: tuple[Float[Array, "b h w c"], ...] | None = None
     patches: Float[Array, "b l d"] | None = None
     patch_embed: Float[Array, "b l e"] | None = None
+    visual: Float[Array, "b s v"] | None = None
     # Rows and columns of the patch grid that `tokens` lists row by row; None where patches were dropped.
     grid: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def for_decoder(self) -> Float[Array, "b s v"] | None:
+        """What a text decoder reads, of an encoding that "visual" was needed of."""
+        return self.tokens if self.visual is None else self.visual
 
 
 @flax.struct.dataclass

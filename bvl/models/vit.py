@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from bvl.errors import ConfigError
+from bvl.models.attentional_pool import AttentionalPool, AttentionalPooler
 from bvl.models.conv_stem import ConvStem
 from bvl.models.dropout import RowKeys, check_rates, dropout, fold, random_subset
 from bvl.models.features import ImageFeatures
@@ -27,6 +28,9 @@ from bvl.models.layers import (
     zeros_init,
 )
 from bvl.models.variants import check_sizes, nearest_variant, override_sizes
+
+# All tokens, those in front of the patches too, after the last norm or before it.
+Visual = Literal["all", "unnormed"]
 
 # name: (width, depth, num_heads, mlp_hidden). Ti to g: Zhai et al. 2022 (arXiv:2106.04560), table 2;
 # So400m: Alabdulmohsin et al. 2023 (arXiv:2305.13035). XXS and XS are ours, for laptops.
@@ -61,10 +65,13 @@ class ViTConfig:
       is not read (SigLIP's So400m/14 at 384 pixels).
     layer_scale: initial factor of the residual branches. registers: learned tokens beside the patches that no
       output reads (Darcet et al. 2024, arXiv:2309.16588).
+    pool_prefix: pool="mean" and "map" read the tokens in front of the patches too.
     norm_after_pool: `pooled` is the norm of the mean, not the mean of the normed (timm's fc_norm); for pool="mean".
     class_token: a token in front of the patches; None = only where pool="cls" reads it.
     prefix_positions: which tokens in front of the patches have position embeddings: the class token, none, or the
       registers too.
+    attentional_pool: several queries attend to all tokens, and the decoder reads what they give; pool="cls" then takes
+      the first one's, and pool="mean" the mean of the others' (open_clip's CoCa).
     patch_dropout: share of the patches left out of each training image (Li et al. 2023, arXiv:2212.00794);
       dropout: of the embedding and the residual branches; drop_path: stochastic depth, the rate of the last block.
     mask_channel: a fourth channel of the image, a mask of the region that is meant, is embedded beside the pixels by a
@@ -93,9 +100,11 @@ class ViTConfig:
     norm_epsilon: float = 1e-5
     layer_scale: float | None = None
     registers: int = 0
+    pool_prefix: bool = False
     norm_after_pool: bool = False
     class_token: bool | None = None
     prefix_positions: Literal["class", "none", "all"] = "class"
+    attentional_pool: AttentionalPool | None = None
     mask_channel: bool = False
     patch_dropout: float = 0.0
     dropout: float = 0.0
@@ -125,6 +134,13 @@ class ViTConfig:
             )
         if self.norm_after_pool and self.pool != "mean":
             raise ConfigError(f"image norm_after_pool=True belongs to pool='mean'; it is {self.pool!r}")
+        if self.attentional_pool is not None and (
+            self.pool not in ("cls", "mean") or self.norm_after_pool or self.registers
+        ):
+            raise ConfigError(
+                f"image attentional_pool goes with pool='cls' or 'mean', without norm_after_pool and registers; it is "
+                f"pool={self.pool!r}"
+            )
         check_rates("image", patch_dropout=self.patch_dropout, dropout=self.dropout, drop_path=self.drop_path)
         depth = self.sizes[1]
         if any(not 0 <= block < depth for block in self.levels or ()):
@@ -142,8 +158,8 @@ class ViTConfig:
 
     @property
     def output_width(self) -> int:
-        """Width of `pooled`."""
-        return self.sizes[0]
+        """Width of `pooled`, and of what a text decoder reads."""
+        return self.sizes[0] if self.attentional_pool is None else self.attentional_pool.width
 
     @property
     def has_class_token(self) -> bool:
@@ -196,6 +212,7 @@ class ViT(nn.Module):
         keys: RowKeys | None = None,
         levels: bool = False,
         patches: bool = False,
+        visual: Visual | None = None,
     ) -> ImageFeatures:
         config, p = self.config, self.config.patch_size
         width, depth, num_heads, mlp_hidden = config.sizes
@@ -274,14 +291,29 @@ class ViT(nn.Module):
         x, maps = stack.run(x, keys=fold(keys, 2), levels=config.level_blocks if levels else ())
         maps = tuple(rearrange(m[:, num_prefix:], "b (h w) d -> b h w d", h=grid[0]) for m in maps)
         final_norm, unnormed = LayerNorm(**norm, name="norm"), x[:, num_prefix:]
+        if config.attentional_pool is not None:
+            pool = AttentionalPooler(config.attentional_pool, dtype=self.dtype, name="attentional_pool")
+            x, tokens = pool(x)
+            x = final_norm(x)
+            pooled = x[:, 0] if config.pool == "cls" else x[:, 1:].astype(jnp.float32).mean(1).astype(x.dtype)
+            return ImageFeatures(
+                pooled=pooled,
+                tokens=tokens[:, num_prefix:],
+                levels=(*fine, *maps) if levels else None,
+                patches=final_norm(pool.alone(unnormed)) if patches else None,
+                visual=x[:, 1:],
+                grid=None if dropped else grid,
+            )
+        whole = x
         x = final_norm(x)
         tokens = x[:, num_prefix:]
+        first = 0 if config.pool_prefix else num_prefix
         if config.pool == "cls":
             pooled = x[:, 0]
         elif config.pool == "pooler":
             pooled = jnp.tanh(Dense(width, names=("embed", None), dtype=self.dtype, name="pooler")(x[:, 0]))
         elif config.pool == "mean":
-            pooled = unnormed if config.norm_after_pool else tokens
+            pooled = (whole if config.norm_after_pool else x)[:, first:]
             pooled = pooled.astype(jnp.float32).mean(axis=1).astype(self.dtype)
             pooled = final_norm(pooled) if config.norm_after_pool else pooled
         else:
@@ -293,7 +325,7 @@ class ViT(nn.Module):
                 dtype=self.dtype,
                 name="pool",
             )
-            pooled = pool(tokens)
+            pooled = pool(x[:, first:])
         alone = tokens
         if patches and config.pool == "map":
             # Attention to one token gives its value alone (Zhou et al. 2022, arXiv:2112.01071, section 3.3).
@@ -303,5 +335,6 @@ class ViT(nn.Module):
             tokens=tokens,
             levels=(*fine, *maps) if levels else None,
             patches=alone if patches else None,
+            visual={"all": x, "unnormed": whole}.get(visual),
             grid=None if dropped else grid,
         )

@@ -64,6 +64,20 @@ class DualEncoderConfig:
             raise ConfigError("the model is empty: give model.image, model.text or model.decoder")
         if self.image is None and (self.region_encoder is not None or self.region_decoder is not None):
             raise ConfigError("region modules read images: give model.image")
+        if self.decoder is not None and self.decoder.visual != "patches":
+            if not isinstance(self.image, ViTConfig) or self.image.attentional_pool is not None:
+                raise ConfigError(
+                    f"decoder visual={self.decoder.visual!r} belongs to an image tower of ViTConfig without "
+                    "attentional_pool"
+                )
+        describes = self.region_encoder is not None or (
+            self.region_decoder is not None and self.region_decoder.phrases == "decoder"
+        )
+        if self.has_own_visual and describes:
+            raise ConfigError(
+                "region modules of a decoder need one that reads patches: decoder visual='patches', and no "
+                "attentional_pool"
+            )
         if self.region_encoder is not None and self.decoder is None:
             raise ConfigError(
                 "model.region_encoder tells a text decoder of regions: set model.decoder as well"
@@ -91,6 +105,12 @@ class DualEncoderConfig:
     def is_alone(self) -> bool:
         """Whether there is an image tower alone, a text tower alone or a language model alone: no logits, so no scale."""
         return self.image is None or (self.text is None and self.decoder is None)
+
+    @property
+    def has_own_visual(self) -> bool:
+        """Whether the decoder reads something else of an image than the tower's tokens, one a patch."""
+        pooled = isinstance(self.image, ViTConfig) and self.image.attentional_pool is not None
+        return self.decoder is not None and (pooled or self.decoder.visual != "patches")
 
     @property
     def image_width(self) -> int:
@@ -192,13 +212,19 @@ class DualEncoder(nn.Module):
     ) -> ImageFeatures:
         """Encode normalised images, of a tower with `mask_channel` also with a mask as fourth channel.
 
-        need: any of embed, pooled, tokens, levels, patch_embed, and "regions", which is what the region modules read.
+        need: any of embed, pooled, tokens, levels, patch_embed, "visual" (what the decoder reads: the result's
+          `for_decoder`) and "regions" (what the region modules read).
         """
         if self.config.image is None:
             raise ConfigError("this model has no image tower (model.image=None), so it reads no images")
         if "regions" in need:
             need = need | self.config.region_needs
-        out = self.image(image, keys=keys, levels="levels" in need, patches="patch_embed" in need)
+        options = {}
+        if "visual" in need and not self.config.has_own_visual:
+            need = need | {"tokens"}
+        elif "visual" in need and self.config.decoder.visual != "patches":
+            options["visual"] = self.config.decoder.visual
+        out = self.image(image, keys=keys, levels="levels" in need, patches="patch_embed" in need, **options)
         embed = l2_normalize(self.image_projection(out.pooled)) if "embed" in need else None
         patch_embed = l2_normalize(self.image_projection(out.patches)) if "patch_embed" in need else None
         return _only(out.replace(embed=embed, patch_embed=patch_embed), need)
@@ -236,7 +262,7 @@ class DualEncoder(nn.Module):
     def visual_tokens(
         self, tokens: Float[Array, "b l d"], dropped: Bool[Array, " b"]
     ) -> tuple[Float[Array, "b s w"], Bool[Array, "b s"]]:
-        """What the decoder sees of images: (visual tokens, mask) from the image tower's tokens; the null if `dropped`."""
+        """What the decoder sees of images: (visual tokens, mask) from their features' `for_decoder`; the null if `dropped`."""
         return self.decoder.visual_tokens(tokens, dropped)
 
     def decode_train(
@@ -320,7 +346,7 @@ class DualEncoder(nn.Module):
         if self.config.image is not None:
             if getattr(self.config.image, "mask_channel", False):
                 image = jnp.pad(image, ((0, 0), (0, 0), (0, 0), (0, 1)))
-            features = self.encode_image(image, frozenset({"embed", "tokens", "regions"}))
+            features = self.encode_image(image, frozenset({"embed", "tokens", "visual", "regions"}))
             maps = (features.tokens, features.levels, features.grid)
             out.append(features)
         if self.config.embeds_text:
@@ -329,7 +355,7 @@ class DualEncoder(nn.Module):
         if self.config.decoder is not None:
             visual = (None, None)
             if self.config.image is not None:
-                visual = self.decoder.visual_tokens(features.tokens, jnp.zeros(rows, bool))
+                visual = self.decoder.visual_tokens(features.for_decoder, jnp.zeros(rows, bool))
             hidden = self.decoder(*visual, tokens, mask)
             out.append(hidden)
         if self.config.region_encoder is not None:
@@ -361,7 +387,7 @@ def _projection(kind: Projection, embed_dim: int, dtype: Any) -> Callable[[jax.A
 
 def _only(features: Any, need: frozenset[str]) -> Any:
     """`features` without the arrays that nobody asked for."""
-    arrays = {"embed", "pooled", "tokens", "levels", "patches", "patch_embed", "mask"}
+    arrays = {"embed", "pooled", "tokens", "levels", "patches", "patch_embed", "visual", "mask"}
     names = arrays & features.__dataclass_fields__.keys()
     return features.replace(**{name: None for name in names - need})
 

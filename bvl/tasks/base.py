@@ -36,7 +36,7 @@ class View:
         object.__setattr__(self, "input", self.input or self.kind)
         known = {"embed", "pooled", "tokens"}
         if self.kind == "image":
-            known |= {"levels", "patch_embed", "regions"}
+            known |= {"levels", "patch_embed", "visual", "regions"}
         if not self.need <= known:
             raise ConfigError(
                 f"a view of {self.input!r} needs {', '.join(sorted(self.need - known))}; {self.kind} towers give "

@@ -27,7 +27,7 @@ class Caption(Task):
 
     image_dropout: share of images of which the decoder sees the learned null instead of all visual tokens, which
       classifier-free guidance needs (Kornblith et al. 2023, arXiv:2307.16686, section 3); the prefix stays. 1 trains a
-      language model, without images.
+      language model, without images, and is all that a model without an image tower can do.
     parallel: share of images whose text is predicted all at once from mask tokens that see each other (CapPa:
       Tschannen et al. 2023, arXiv:2306.07915, section 3).
     label_smoothing: this share of the target's probability is spread evenly over the vocabulary.
@@ -54,13 +54,23 @@ class Caption(Task):
             raise ConfigError(
                 "captioning needs a decoder: set model.decoder, for example DecoderConfig(width=256, depth=4)"
             )
+        if model_config.image is None and self.reads_images:
+            raise ConfigError(
+                "captioning needs an image tower: set model.image; a language model alone is trained with "
+                "image_dropout=1"
+            )
+        if model_config.image is not None and self.image_dropout and not model_config.decoder.null:
+            raise ConfigError(
+                f"image_dropout={self.image_dropout} shows the decoder a null image, and model.decoder.null=False: set "
+                "it to true, which adds the parameter, or image_dropout=0"
+            )
 
     def fields(self) -> frozenset[str]:
         image = {"image", "image_valid"} if self.reads_images else set()
         return frozenset({"text", "text_mask", "text_valid", "prompt", "prompt_mask"} | image)
 
     def views(self) -> tuple[View, ...]:
-        return (View("image", frozenset({"tokens"})),) if self.reads_images else ()
+        return (View("image", frozenset({"visual"})),) if self.reads_images else ()
 
     def heads(self, info: ModelInfo) -> dict[str, Any]:
         if self.parallel and info.mask_id is None:
@@ -75,7 +85,7 @@ class Caption(Task):
 
     def loss(self, ctx: Context) -> LossOutput:
         num_texts = ctx.batch["text"].shape[1]
-        visual, visual_mask = (jnp.repeat(x, num_texts, axis=0) for x in self._visual(ctx))
+        visual, visual_mask = jax.tree.map(lambda x: jnp.repeat(x, num_texts, axis=0), self._visual(ctx))
         return text_loss(
             ctx,
             visual,
@@ -85,14 +95,19 @@ class Caption(Task):
             label_smoothing=self.label_smoothing,
         )
 
-    def _visual(self, ctx: Context) -> tuple[Float[Array, "b s w"], Bool[Array, "b s"]]:
-        """(visual tokens, mask): the null where there is no image and in `image_dropout` of the others."""
+    def _visual(self, ctx: Context) -> tuple[Float[Array, "b s w"] | None, Bool[Array, "b s"] | None]:
+        """(visual tokens, mask): the null where there is no image and in `image_dropout` of the others.
+
+        (None, None) for a model without an image tower.
+        """
+        if not ctx.info.image_width:
+            return None, None
         if not self.reads_images:
             count = len(ctx.batch["text"])
             nothing = jnp.zeros((count, 1, ctx.info.image_width), ctx.info.dtype)
             return ctx.model(nothing, jnp.ones(count, bool), method="visual_tokens")
         dropped = ~ctx.batch["image_valid"] | drawn(fold(ctx.keys, 0), self.image_dropout)
-        return ctx.model(ctx.features["image"].tokens, dropped, method="visual_tokens")
+        return ctx.model(ctx.features["image"].for_decoder, dropped, method="visual_tokens")
 
 
 def drawn(keys: RowKeys, share: float) -> Bool[Array, " b"]:
@@ -109,8 +124,8 @@ def predicted_tokens(
 
 def text_loss(
     ctx: Context,
-    visual: Float[Array, "b*k s w"],
-    visual_mask: Bool[Array, "b*k s"],
+    visual: Float[Array, "b*k s w"] | None,
+    visual_mask: Bool[Array, "b*k s"] | None,
     text: Int[Array, "b k t"],
     text_mask: Bool[Array, "b k t"],
     text_valid: Bool[Array, "b k"],

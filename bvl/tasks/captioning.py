@@ -136,7 +136,8 @@ def write_captions(
     first_row: number of the first image, where the others count on from, or one number an image: with the numbers of
       the whole, neither its division into several calls nor images left out change what the others get.
     always_guided: decode null rows even at scale 1, so that a sweep over scales compiles one program.
-    Raises ConfigError for a run without a captioning task, UserError for values that cannot be used.
+    Raises ConfigError for a run without a captioning task, UserError for values that cannot be used, such as a scale
+    other than 1 for a model that knows no null image.
     """
     captioning_task_of(components.config)
     images = images if isinstance(images, ImageTokens) else list(images)
@@ -146,6 +147,8 @@ def write_captions(
         raise UserError(f"guidance_null={guidance_null!r}: choose image, controls or both")
     check_language_model(components, language_model, options)
     scale = row_scales(guidance, len(images))
+    if language_model is None and (always_guided or (scale != 1).any()):
+        _check_null(components.config, guidance_null)
     if language_model is None and (scale != 1).any():
         _warn_of_untrained_null(components.config, guidance_null)
     batches = _token_batches(components, images, batch_size)
@@ -229,8 +232,18 @@ def _token_batches(
         for start in range(0, len(images), batch_size):
             yield images.tokens[start : start + batch_size]
         return
-    for features in components.encode_images(images, frozenset({"tokens"}), batch_size):
-        yield np.asarray(features.tokens)
+    for features in components.encode_images(images, frozenset({"visual"}), batch_size):
+        yield np.asarray(features.for_decoder)
+
+
+def _check_null(config: Config, guidance_null: GuidanceNull) -> None:
+    """Raise UserError for null rows that go without the image, of a model that has nothing in its place."""
+    if guidance_null != "controls" and not config.model.decoder.null:
+        raise UserError(
+            "guidance other than 1 needs a null image, and this model has none (model.decoder.null=False, as imported "
+            "captioners have it): fine-tune it with model.decoder.null=true and the captioning task's "
+            "image_dropout=0.2, or give a language_model"
+        )
 
 
 def _warn_of_untrained_null(config: Config, guidance_null: GuidanceNull) -> None:

@@ -135,8 +135,8 @@ def image_visual(
 @functools.partial(jax.jit, static_argnames=("mesh", "model", "other_model", "options", "end_id", "pad_id"))
 def generate(
     params: Any,
-    visual: Float[Array, "c s w"],
-    visual_mask: Bool[Array, "c s"],
+    visual: Float[Array, "c s w"] | None,
+    visual_mask: Bool[Array, "c s"] | None,
     prefix: Int[Array, "c p"],
     prefix_mask: Bool[Array, "c p"],
     *,
@@ -178,7 +178,7 @@ def generate(
     start = (visual, visual_mask, prefix, prefix_mask)
     decoded = decode(
         _decoder_params(params),
-        tuple(x.reshape(-1, len(rng), *x.shape[1:]) for x in start),
+        jax.tree.map(lambda x: x.reshape(-1, len(rng), *x.shape[1:]), start),
         scale,
         rng,
         forbidden,
@@ -197,7 +197,7 @@ def _decoder_params(params: Any) -> Any:
 
 def _decode_rows(
     params: Any,
-    starts: tuple[Array, ...],
+    starts: tuple[Array | None, ...],
     scale: Float[Array, " b"] | None,
     rng: Array,
     forbidden: Bool[Array, " v"],
@@ -213,7 +213,7 @@ def _decode_rows(
 ) -> Decoded:
     """`generate` on one device; starts: visual tokens, prefixes and their masks [n, b, ...], n copies of its b rows."""
 
-    def begin(model: DualEncoder, params: Any, start: tuple[Array, ...]):
+    def begin(model: DualEncoder, params: Any, start: tuple[Array | None, ...]):
         apply = functools.partial(model.apply, {"params": params})
         logits, context, cache = apply(*start, options.max_length, method="prefill")
 
@@ -222,7 +222,7 @@ def _decode_rows(
 
         return logits, cache, step
 
-    logits, cache, step = begin(model, params, tuple(x.reshape(-1, *x.shape[2:]) for x in starts))
+    logits, cache, step = begin(model, params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts))
     if other is not None:
         other_logits, other_cache, other_step = begin(other_model, other["params"], other["start"])
         logits, cache = jnp.concatenate([logits, other_logits]), (cache, other_cache)
@@ -243,12 +243,14 @@ def _decode_rows(
 
 
 def _text_alone(language_model: Components, size: int, mesh: Mesh) -> dict[str, Any]:
-    """`other` of `generate`: rows of a captioner without image and controls."""
+    """`other` of `generate`: rows of a captioner without image and controls, or of a model without an image tower."""
     # It was loaded onto one device; the captioner may be in training on several.
     params = jax.device_put(language_model.params["model"], replicated(mesh))
     model = language_model.model
-    nothing = np.zeros((size, 1, model.config.image.output_width), model.dtype)
-    visual = image_visual(params, nothing, np.ones(size, bool), mesh=mesh, model=model)
+    visual = (None, None)
+    if model.config.image is not None:
+        nothing = np.zeros((size, 1, model.config.image_width), model.dtype)
+        visual = image_visual(params, nothing, np.ones(size, bool), mesh=mesh, model=model)
     return {"params": params, "start": (*visual, *_prefixes(language_model, {}, size, "row"))}
 
 
