@@ -16,6 +16,7 @@ from bvl.convert import open_clip_timm as timm
 from bvl.convert import open_clip_towers as native
 from bvl.convert import open_clip_writing as writing
 from bvl.convert.families import Described, Family, Source, TextFacts, Tower
+from bvl.convert.hf_common import CLIP_MAX_SCALE, max_scale
 from bvl.convert.open_clip_towers import checked, known_options
 from bvl.convert.peers import import_peer
 from bvl.convert.preprocess import from_open_clip
@@ -33,8 +34,6 @@ _MODEL_OPTIONS = {
 }  # fmt: skip
 # The first parts of the names of a text tower, which CustomTextCLIP has below "text." and older files have not.
 _TEXT_NAMES = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
-# The cleaning of texts that open_clip_config.json asks for -> the kind of tokenizer.
-_CLEANING = {None: "any", "whitespace": "any", "canonicalize": "siglip"}
 
 
 def model_cfg(foreign: Mapping[str, Any], *, where: str) -> Mapping[str, Any]:
@@ -62,20 +61,12 @@ def scale_rows(cfg: Mapping[str, Any]) -> Table:
     )
 
 
-def scale_options(cfg: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
-    """The options of DualEncoderConfig for the logits.
-
-    open_clip limits the scale in training alone, so a scale above ours (SigLIP's is 117) raises our limit.
-    """
+def scale_options(cfg: Mapping[str, Any], source: Source, tensors: Tensors) -> dict[str, Any]:
+    """The options of DualEncoderConfig for the logits."""
+    limit = max_scale(source, tensors, known=CLIP_MAX_SCALE)
     temperature = math.exp(-cfg.get("init_logit_scale", math.log(1 / 0.07)))
-    largest = 1 / temperature
-    if "logit_scale" in tensors.shapes:
-        scale = np.asarray(tensors.load("logit_scale"), np.float32).reshape(-1)[0]
-        largest = max(math.exp(scale), largest)
-    # exp(log(100)) in float32 is a little more than 100.
-    limit = 100.0 if largest <= 100.001 else 10.0 ** math.ceil(math.log10(largest))
     return {
-        "init_temperature": temperature,
+        "init_temperature": max(temperature, 1 / limit),
         "max_scale": limit,
         "init_bias": cfg.get("init_logit_bias"),
     }
@@ -116,7 +107,7 @@ class _DualEncoder(Family):
             tower, facts, text_projection = hf.read_text(text, source, tensors, where=f"{where}: text_cfg")
         else:
             tower = native.read_text(text, quick_gelu=quick, where=f"{where}: text_cfg")
-            facts, text_projection = text_facts(text, where=where), _text_projection(text)
+            facts, text_projection = text_facts(text), _text_projection(text)
         bias = cfg.get("init_logit_bias")
         return Described(
             model=checked(
@@ -127,7 +118,7 @@ class _DualEncoder(Family):
                 embed_dim=cfg["embed_dim"],
                 image_projection=projection,
                 text_projection=text_projection,
-                **scale_options(cfg, tensors),
+                **scale_options(cfg, source, tensors),
             ),
             preprocess=from_open_clip(source.config.get("preprocess_cfg"), size),
             text=facts,
@@ -226,24 +217,13 @@ def as_loaded(tensors: Tensors, cfg: Mapping[str, Any], *, custom: bool) -> Tens
     return dataclasses.replace(tensors, shapes=shapes, load=load)
 
 
-def text_facts(text: Mapping[str, Any], *, where: str) -> TextFacts:
-    """What the tokenizer of a text_cfg must be; raises ConversionError for one that bvl does not reproduce."""
-    kind, end = "clip", None
-    if text.get("tokenizer_mode") not in (None, ""):
-        raise ConversionError(f"{where}: tokenizer_mode={text['tokenizer_mode']!r} is not reproduced by bvl")
-    options = dict(text.get("tokenizer_kwargs") or {})
-    if text.get("hf_tokenizer_name"):
-        clean = options.pop("clean", None)
-        if clean not in _CLEANING:
-            raise ConversionError(f"{where}: tokenizer_kwargs.clean={clean!r} is not reproduced by bvl")
-        kind = _CLEANING[clean]
-    if any(value not in (None, False) for value in options.values()):
-        raise ConversionError(f"{where}: tokenizer_kwargs={options!r} is not reproduced by bvl")
-    if text.get("pool_type") == "eos":
-        end = text.get("eos_id", 2)
-    pad = text.get("pad_id", 0) if kind == "clip" and text.get("no_causal_mask") else None
+def text_facts(text: Mapping[str, Any]) -> TextFacts:
+    """What the tokenizer of a text_cfg must be; its cleaning of texts is read with the tokenizer's own files."""
     return TextFacts(
-        kind, text.get("context_length", 77), text.get("vocab_size", 49408), end_id=end, pad_id=pad
+        "any" if text.get("hf_tokenizer_name") else "clip",
+        text.get("context_length", 77),
+        text.get("vocab_size", 49408),
+        end_id=text.get("eos_id", 2) if text.get("pool_type") == "eos" else None,
     )
 
 

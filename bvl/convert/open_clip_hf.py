@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import tempfile
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bvl.convert.families import Layer, Source, TextFacts, expect, read_json
-from bvl.convert.open_clip_towers import HF_OPTIONS, TOKENIZER_OPTIONS, checked, known_options
-from bvl.convert.table import Row, Table, Unread, linear, norm, table
+from bvl.convert.hf_bert import bert_config, bert_facts, bert_layers, bert_table
+from bvl.convert.open_clip_towers import HF_OPTIONS, TOKENIZER_OPTIONS, known_options
+from bvl.convert.table import Table, linear, table
 from bvl.convert.tensors import Tensors
 from bvl.errors import ConversionError
-from bvl.models.bert import VARIANTS, BertConfig
+from bvl.models.bert import BertConfig
 from bvl.models.vlm import DualEncoderConfig
 
 _BERT = "text.transformer."
@@ -46,42 +48,20 @@ def read_text(
         {
             "hf_pooler_type": ("mean_pooler", "cls_last_hidden_state_pooler", "cls_pooler", None),
             "hf_proj_type": ("mlp", "linear", None),
-            "tokenizer_mode": (None, ""),
             "output_tokens": (False,),
         },
         where=where,
     )
     found = bert_json(text, source, tensors, where=where)
-    expect(
-        found,
-        {
-            "model_type": ("bert",),
-            "hidden_act": ("gelu",),
-            "position_embedding_type": ("absolute",),
-            "is_decoder": (False,),
-            "add_cross_attention": (False,),
-        },
-        where=f"{where}: {text['hf_model_name']}",
+    where = f"{where}: {text['hf_model_name']}"
+    expect(found, {"model_type": ("bert",)}, where=where)
+    pool = POOLS[text.get("hf_pooler_type", "mean_pooler")]
+    facts = bert_facts(found, where=where, longest=text.get("context_length", 77))
+    return (
+        bert_config(found, where=where, pool=pool),
+        facts,
+        PROJECTIONS[text.get("hf_proj_type", "mlp")],
     )
-    sizes = tuple(
-        found[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    )
-    names = [name for name, row in VARIANTS.items() if row == sizes]
-    given = dict(zip(("hidden_size", "depth", "num_heads", "mlp_hidden"), sizes, strict=True))
-    config = checked(
-        BertConfig,
-        where=where,
-        **({"variant": names[0]} if names else given),
-        max_positions=found["max_position_embeddings"],
-        type_vocab_size=found.get("type_vocab_size", 2),
-        pool=POOLS[text.get("hf_pooler_type", "mean_pooler")],
-        norm_epsilon=found.get("layer_norm_eps", 1e-12),
-        dropout=found.get("hidden_dropout_prob", 0.1),
-    )
-    facts = TextFacts(
-        "bert", text.get("context_length", 77), found["vocab_size"], pad_id=found.get("pad_token_id", 0)
-    )
-    return config, facts, PROJECTIONS[text.get("hf_proj_type", "mlp")]
 
 
 def bert_json(text: Mapping[str, Any], source: Source, tensors: Tensors, *, where: str) -> dict[str, Any]:
@@ -148,38 +128,18 @@ def _from_shapes(name: str, shapes: Mapping[str, tuple[int, ...]], *, where: str
 def text_table(model: DualEncoderConfig) -> Table:
     """The text tower and its projection; names of ours below the model."""
     return table(
-        _bert(model.text).under("text/", _BERT),
+        bert_table(model.text).under("text/", _BERT),
         linear("text_projection/hidden", "text.proj.0", bias=False) if model.text_projection == "mlp" else (),
         linear("text_projection/out", "text.proj.2", bias=False) if model.text_projection == "mlp" else (),
         linear("text_projection", "text.proj", bias=False) if model.text_projection == "linear" else (),
-        Unread(r"text\.transformer\.embeddings\.position_ids", "the numbers 0, 1, 2, ..."),
-    )
-
-
-def _bert(config: BertConfig) -> Table:
-    layer = table(
-        *(linear(f"attention/{name}", f"attention.self.{name}") for name in ("query", "key", "value")),
-        linear("attention/out", "attention.output.dense"),
-        norm("attention_norm", "attention.output.LayerNorm"),
-        linear("mlp/up", "intermediate.dense"),
-        linear("mlp/down", "output.dense"),
-        norm("mlp_norm", "output.LayerNorm"),
-    )
-    return table(
-        Row("token_embed", "embeddings.word_embeddings.weight"),
-        Row("positions", "embeddings.position_embeddings.weight"),
-        Row("token_types", "embeddings.token_type_embeddings.weight"),
-        norm("embed_norm", "embeddings.LayerNorm"),
-        layer.under("stack/block_{i}/", "encoder.layer.{i}.").repeat(config.sizes[1]),
-        linear("pooler", "pooler.dense") if config.pool == "pooler" else (),
     )
 
 
 def layers(config: BertConfig) -> tuple[Layer, ...]:
     """What the proof compares, from first to last."""
-    return (
-        Layer("text/embed_norm", f"{_BERT}embeddings.LayerNorm"),
-        *(Layer(f"text/stack/block_{i}", f"{_BERT}encoder.layer.{i}") for i in range(config.sizes[1])),
+    return tuple(
+        dataclasses.replace(layer, ours=f"text/{layer.ours}", theirs=_BERT + layer.theirs)
+        for layer in bert_layers(config)
     )
 
 

@@ -95,8 +95,12 @@ def read_vision(vision: Mapping[str, Any], *, where: str) -> tuple[ViTConfig, st
     )  # fmt: skip
     name = str(vision["timm_model_name"]).partition(".")[0]
     pool, headed = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear") == "linear"
-    config, size = _listed(name, pool, headed=headed) or _built(name, vision, where=where)
-    if image_size(vision) != size:
+    listed = _listed(name, pool, headed=headed)
+    config, size, dynamic = (*listed, False) if listed else _built(name, vision, where=where)
+    wanted = image_size(vision)
+    if wanted != size and dynamic:
+        config, size = dataclasses.replace(config, position_size=size), wanted
+    if wanted != size:
         raise ConversionError(
             f"{where}: image_size={vision.get('image_size', 224)!r}, but {name} reads {size[0]} x {size[1]} pixels "
             "and open_clip does not tell it otherwise"
@@ -126,8 +130,8 @@ def _listed(name: str, pool: str, *, headed: bool) -> tuple[ViTConfig, Size] | N
     return None
 
 
-def _built(name: str, vision: Mapping[str, Any], *, where: str) -> tuple[ViTConfig, Size]:
-    """A trunk as timm makes it, without memory for its tensors."""
+def _built(name: str, vision: Mapping[str, Any], *, where: str) -> tuple[ViTConfig, Size, bool]:
+    """A trunk as timm makes it, without memory for its tensors, and whether it takes other image sizes."""
     timm = import_peer("timm", what=f"{where}: timm_model_name={name!r} is not listed in bvl, so reading it")
     torch = import_peer("torch", what="timm")
     pool, proj = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
@@ -140,7 +144,8 @@ def _built(name: str, vision: Mapping[str, Any], *, where: str) -> tuple[ViTConf
                 trunk = timm.create_model(name, num_classes=0, global_pool=pool)
     except Exception as error:  # an unknown name, or options that this model does not take
         raise ConversionError(f"{where}: timm_model_name={name!r} cannot be made: {error}") from error
-    return _config_of(trunk, where=f"{where}: timm_model_name={name!r}")
+    where = f"{where}: timm_model_name={name!r}"
+    return *_config_of(trunk, where=where), bool(getattr(trunk, "dynamic_img_size", False))
 
 
 def _config_of(trunk: Any, *, where: str) -> tuple[ViTConfig, Size]:
@@ -173,7 +178,6 @@ def _config_of(trunk: Any, *, where: str) -> tuple[ViTConfig, Size]:
     known_norms = {("LayerNorm", "Identity")} | ({("Identity", "LayerNorm")} if pool == "mean" else set())
     require("(norm, fc_norm)", norms, tuple(known_norms))
     require("pos_embed", "none" if trunk.pos_embed is None else "learn", ("learn",))
-    require("pool_include_prefix", trunk.pool_include_prefix, (False,))
     epsilons = {module.eps for module in trunk.modules() if kind(module) == "LayerNorm"}
     require("the number of different norm epsilons", len(epsilons), (1,))
     size, patch = trunk.patch_embed.img_size, trunk.patch_embed.patch_size
@@ -188,6 +192,7 @@ def _config_of(trunk: Any, *, where: str) -> tuple[ViTConfig, Size]:
         pool=pool,
         class_token=True if trunk.has_class_token and pool != "cls" else None,
         prefix_positions=prefix,
+        pool_prefix=bool(trunk.pool_include_prefix) and pool != "cls",
         norm_after_pool=norms[0] == "Identity",
         registers=trunk.num_reg_tokens,
         patch_bias=trunk.patch_embed.proj.bias is not None,
