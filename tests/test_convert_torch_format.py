@@ -17,11 +17,16 @@ from bvl.convert.torch_format import export_torch
 from bvl.convert.torch_format.bundle import bundled
 from bvl.convert.torch_format.compare import load_torch_file
 from bvl.convert.torch_format.known import KNOWN, check_known
+from bvl.data.controls import Controls
+from bvl.data.text import TokenizerConfig
 from bvl.data.transforms import Preprocess
 from bvl.errors import ConversionError
+from bvl.models.attentional_pool import AttentionalPool
 from bvl.models.bert import BertConfig
 from bvl.models.decoder import DecoderConfig
 from bvl.models.hybrid import HybridConfig
+from bvl.models.region_decoder import RegionDecoderConfig
+from bvl.models.region_encoder import RegionEncoderConfig
 from bvl.models.resnet import ResNetConfig
 from bvl.models.rotary import RopeScaling
 from bvl.models.text import TextConfig
@@ -98,7 +103,10 @@ IMAGE_TOWERS = {
     "siglip": vit(pool="map", norm_epsilon=1e-6, activation="gelu_tanh", mlp_hidden=40, qkv_bias=False),
     "conv stem": vit(pool="mean", stem="conv", norm_after_pool=True, variant="XXS/8"),
     "registers with positions": vit(pool="pooler", registers=2, prefix_positions="all", activation="swiglu"),
-    "class token unread": vit(pool="mean", class_token=True, prefix_positions="none", position_size=(48, 48)),
+    "class token in the mean": vit(
+        pool="mean", class_token=True, prefix_positions="none", position_size=(48, 48), pool_prefix=True
+    ),
+    "coca": vit(pool="cls", attentional_pool=AttentionalPool(width=12, queries=3, num_heads=2)),
     "clip resnet": ResNetConfig("RN50", width=8, stages=(1, 2, 1, 1), pool_heads=2),
     "resnet": ResNetConfig("ResNet18", width=8, stages=(1, 1, 1, 1), norm="frozen"),
     "hybrid": HybridConfig("ViTamin-Ti", widths=(8, 12, 16), depths=(1, 2, 1), num_heads=2),
@@ -208,6 +216,16 @@ def test_decoders(both, tiny, name):
             logits, state = peer.decoder.step(state, torch.from_numpy(tokens[:, t]))
 
 
+@pytest.mark.parametrize("visual", ["all", "unnormed"])
+def test_what_the_decoder_reads(both, visual):
+    decoder = dataclasses.replace(DECODERS["prefix"], visual=visual)
+    apply, peer = both(towers(vit(pool="cls", registers=1), decoder=decoder))
+    image = np.random.default_rng(1).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = peer.encode_image(torch.from_numpy(image).permute(0, 3, 1, 2)).for_decoder
+    close(theirs, apply(image, frozenset({"visual"}), method="encode_image").for_decoder)
+
+
 @pytest.mark.parametrize("name", ["coca", "open_clip coca"])
 def test_texts_embedded_by_the_decoder(both, tiny, name):
     model = dataclasses.replace(towers(decoder=DECODERS[name]), text=None)
@@ -272,7 +290,15 @@ def test_every_known_option_exists():
     """A field that was renamed or taken away must not stay among the known ones."""
     configs = (
         *(DualEncoderConfig, ViTConfig, ResNetConfig, HybridConfig, TextConfig, BertConfig, DecoderConfig),
-        *(RopeScaling, Preprocess),
+        *(
+            RopeScaling,
+            Preprocess,
+            AttentionalPool,
+            RegionEncoderConfig,
+            RegionDecoderConfig,
+            TokenizerConfig,
+        ),
+        Controls,
     )
     for config in configs:
         assert KNOWN[config.__name__] == {field.name for field in dataclasses.fields(config)}

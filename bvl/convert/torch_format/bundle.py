@@ -10,19 +10,9 @@ from pathlib import Path
 SOURCE = Path(__file__).parent / "source"
 # Each file uses only names of those before it, but for annotations.
 ORDER = (
-    *(
-        "errors",
-        "images",
-        "text",
-        "sentences",
-        "controls",
-        "layers",
-        "image_towers",
-        "text_towers",
-        "decoder",
-    ),
-    *("constraints", "search", "region_encoder", "region_decoder", "network", "prompts", "writing"),
-    *("locating", "model"),
+    *("errors", "images", "text", "sentences", "controls", "features", "layers", "vit", "resnet", "hybrid"),
+    *("text_towers", "decoder", "constraints", "search", "region_encoder", "region_decoder", "network"),
+    *("prompts", "writing", "locating", "model"),
 )
 RULE = "# " + "-" * 78
 INTRODUCTION = '''"""A vision-language model in plain PyTorch, exported from bvl.
@@ -71,9 +61,7 @@ def bundled() -> str:
                 line for line in some if (_top(line.split()[1]) in sys.stdlib_module_names) == ours
             )
         imports.append("")
-    return "\n".join(
-        [INTRODUCTION, "from __future__ import annotations\n", *imports, "\n\n".join(sections)]
-    )
+    return "\n".join([INTRODUCTION, "from __future__ import annotations\n", *imports, "\n\n".join(sections)])
 
 
 def _top(module: str) -> str:

@@ -15,7 +15,8 @@ KNOWN: dict[str, frozenset[str]] = {
         "text_projection init_temperature max_scale init_bias",
         "ViTConfig": "variant stem pool width depth num_heads mlp_hidden patch_bias pre_norm qk_norm qkv_bias "
         "position_resize whole_patches activation norm_epsilon layer_scale registers norm_after_pool class_token "
-        "prefix_positions position_size mask_channel patch_dropout dropout drop_path levels scan remat",
+        "prefix_positions position_size pool_prefix attentional_pool mask_channel patch_dropout dropout drop_path levels scan remat",
+        "AttentionalPool": "width queries num_heads",
         "ResNetConfig": "variant pool norm drop_path width stages pool_heads",
         "HybridConfig": "variant widths depths num_heads positions drop_path",
         "TextConfig": "width depth num_heads mlp_hidden causal pool attend_padding activation norm_epsilon qk_norm "
@@ -24,7 +25,7 @@ KNOWN: dict[str, frozenset[str]] = {
         "activation norm_epsilon dropout drop_path scan remat",
         "DecoderConfig": "layout width depth num_heads mlp_hidden unimodal_depth num_kv_heads rope_theta qkv_bias "
         "norm_epsilon visual_queries tied_head dropout remat activation head_dim out_bias mlp_bias rope_scaling null "
-        "unimodal_heads unimodal_mlp_hidden text_class cross_mlp class_token",
+        "unimodal_heads unimodal_mlp_hidden text_class cross_mlp visual",
         "RopeScaling": "kind factor low_freq_factor high_freq_factor original_context",
         "RegionEncoderConfig": "kind width levels output_size sampling_ratio point_extent num_heads",
         "RegionDecoderConfig": "width depth num_heads queries num_queries phrases mask_stride pixel_width reads_levels "

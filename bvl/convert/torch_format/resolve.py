@@ -35,7 +35,7 @@ def resolve(config: Config, tokenizer: Tokenizer, shapes: Shapes) -> dict[str, A
         "format": "bvl-torch",
         "format_version": FORMAT_VERSION,
         "embed_dim": model.embed_dim,
-        "image": None if model.image is None else _image(model.image, size),
+        "image": None if model.image is None else _image(model, size),
         "text": None if model.text is None else _text(model.text, tokenizer, shapes),
         "decoder": None if model.decoder is None else _decoder(model, shapes),
         "region_encoder": None if model.region_encoder is None else _region_encoder(model, shapes),
@@ -62,13 +62,14 @@ def resolve(config: Config, tokenizer: Tokenizer, shapes: Shapes) -> dict[str, A
     return resolved
 
 
-def _image(image: Any, size: tuple[int, int]) -> dict[str, Any]:
+def _image(model: DualEncoderConfig, size: tuple[int, int]) -> dict[str, Any]:
+    image = model.image
     vit = isinstance(image, ViTConfig)
     grid = list(image.position_grid(size) if vit else image.grid(size))
     if vit:
         width, depth, num_heads, mlp_hidden = image.sizes
         same = ("stem", "pool", "patch_bias", "pre_norm", "qk_norm", "qkv_bias", "activation", "norm_epsilon")
-        same += ("registers", "mask_channel", "norm_after_pool", "whole_patches")
+        same += ("registers", "mask_channel", "norm_after_pool", "whole_patches", "pool_prefix")
         return {
             "type": "vit",
             "width": width,
@@ -79,6 +80,8 @@ def _image(image: Any, size: tuple[int, int]) -> dict[str, Any]:
             "grid": grid,
             "levels": list(image.level_blocks),
             "layer_scale": image.layer_scale is not None,
+            "attentional_pool": image.attentional_pool and dataclasses.asdict(image.attentional_pool),
+            "visual": "patches" if model.decoder is None else model.decoder.visual,
             "class_token": image.has_class_token,
             "prefix_positions": image.num_prefix_positions,
             "antialias_positions": image.position_resize == "antialias",
@@ -186,8 +189,16 @@ def _decoder(model: DualEncoderConfig, shapes: Shapes) -> dict[str, Any]:
 def _region_encoder(model: DualEncoderConfig, shapes: Shapes) -> dict[str, Any]:
     encoder = model.region_encoder
     same = ("kind", "width", "output_size", "sampling_ratio", "point_extent", "num_heads")
+    tokens = next(
+        (
+            shapes[name][0]
+            for name in ("region_encoder/mask", "region_encoder/level_0/kernel")
+            if name in shapes
+        ),
+        model.image_width,
+    )
     return {
-        "image_width": model.image_width,
+        "image_width": tokens,
         "decoder_width": model.decoder.width,
         "levels": list(encoder.levels),
         "level_widths": _widths(shapes, "region_encoder/level_{}/kernel", 1 + len(encoder.levels)),
@@ -200,7 +211,7 @@ def _region_decoder(model: DualEncoderConfig, size: tuple[int, int], shapes: Sha
     steps = sum(name.startswith("region_decoder/pixels/conv_") for name in shapes) // 2
     same = ("width", "depth", "num_heads", "queries", "num_queries", "pixel_width", "reads_levels")
     return {
-        "image_width": model.image_width,
+        "image_width": shapes["region_decoder/image_in/kernel"][0],
         "phrase_width": model.text_width if decoder.phrases == "text" else model.decoder.width,
         "embed_dim": model.embed_dim,
         "mask_size": [side // decoder.mask_stride for side in size],

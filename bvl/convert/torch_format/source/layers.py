@@ -49,7 +49,10 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries [b, q, d] over keys [b, k, d]; qk_norm: layer norm of every head's queries and keys."""
+    """Multi-head attention of queries [b, q, d] over keys [b, k, e].
+
+    qk_norm: layer norm of every head's queries and keys. key_width: e, None = d.
+    """
 
     def __init__(
         self,
@@ -59,10 +62,12 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         qkv_bias: bool = True,
         epsilon: float = 1e-5,
+        key_width: int | None = None,
     ):
         super().__init__()
         self.num_heads = num_heads
-        self.query, self.key, self.value = (nn.Linear(width, width, qkv_bias) for _ in range(3))
+        self.query = nn.Linear(width, width, qkv_bias)
+        self.key, self.value = (nn.Linear(key_width or width, width, qkv_bias) for _ in range(2))
         self.out = nn.Linear(width, width)
         head = width // num_heads
         self.query_norm = nn.LayerNorm(head, epsilon) if qk_norm else nn.Identity()

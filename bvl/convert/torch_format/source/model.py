@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bvl.convert.torch_format.source.controls import Controls
 from bvl.convert.torch_format.source.errors import UserError
-from bvl.convert.torch_format.source.image_towers import ImageFeatures
+from bvl.convert.torch_format.source.features import ImageFeatures
 from bvl.convert.torch_format.source.images import Preprocess, Shown
 from bvl.convert.torch_format.source.locating import (
     Detections,

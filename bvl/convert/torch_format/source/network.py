@@ -11,11 +11,19 @@ from torch import Tensor, nn
 
 from bvl.convert.torch_format.source.decoder import Decoder
 from bvl.convert.torch_format.source.errors import UserError
-from bvl.convert.torch_format.source.image_towers import ImageFeatures, make_image_tower
+from bvl.convert.torch_format.source.features import ImageFeatures
+from bvl.convert.torch_format.source.hybrid import Hybrid
 from bvl.convert.torch_format.source.layers import l2_normalize
 from bvl.convert.torch_format.source.region_decoder import Located, RegionDecoder
 from bvl.convert.torch_format.source.region_encoder import RegionEncoder, RegionPrompts
+from bvl.convert.torch_format.source.resnet import ResNet
 from bvl.convert.torch_format.source.text_towers import TextFeatures, make_text_tower, pool_tokens
+from bvl.convert.torch_format.source.vit import ViT
+
+
+def make_image_tower(config: dict[str, Any]) -> nn.Module:
+    """The image tower of a config, by its "type"."""
+    return {"vit": ViT, "resnet": ResNet, "hybrid": Hybrid}[config["type"]](config)
 
 
 class ProjectionMlp(nn.Module):
@@ -129,7 +137,7 @@ class Network(nn.Module):
         """The decoder's hidden states [b, l, d] of texts about images; the null stands for `dropped` images [b]."""
         if dropped is None:
             dropped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        return self.decoder(*self.decoder.visual_tokens(image.tokens, dropped), tokens, mask)
+        return self.decoder(*self.decoder.visual_tokens(image.for_decoder, dropped), tokens, mask)
 
     def encode_regions(
         self, image: ImageFeatures, prompts: RegionPrompts, dropped: Tensor

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bvl.convert.torch_format.source.image_towers import ImageFeatures
+from bvl.convert.torch_format.source.features import ImageFeatures
 from bvl.convert.torch_format.source.layers import Attention, Mlp, l2_normalize, resize
 
 MAX_SCALE = 100.0

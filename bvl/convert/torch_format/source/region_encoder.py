@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bvl.convert.torch_format.source.decoder import replace_dropped
-from bvl.convert.torch_format.source.image_towers import ImageFeatures
+from bvl.convert.torch_format.source.features import ImageFeatures
 from bvl.convert.torch_format.source.layers import Block
 
 # Waves of 1, 2, 4, ... half periods over the image.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bvl.convert.torch_format.source.errors import UserError
-from bvl.convert.torch_format.source.image_towers import ImageFeatures
+from bvl.convert.torch_format.source.features import ImageFeatures
 from bvl.convert.torch_format.source.images import Shown
 from bvl.convert.torch_format.source.prompts import flat, joined, region_prompt
 from bvl.convert.torch_format.source.region_encoder import RegionPrompts
@@ -48,6 +48,7 @@ def write_rows(
     options: SearchOptions,
     guidance: Any,
     null_has_controls: bool,
+    null_needs_image: bool,
     language_model: Model | None,
     controls: Mapping[str, Any],
     begin: Any,
@@ -61,6 +62,11 @@ def write_rows(
     visual_of: (numbers of rows, whether their null rows are wanted behind them) -> visual tokens and their mask.
     """
     scale = guidance_scales(guidance, count, noun)
+    needs_null = null_needs_image and language_model is None and bool((scale != 1).any())
+    if needs_null and not model.config["decoder"]["null"]:
+        raise UserError(
+            "guidance other than 1 needs a null image, and this model was trained without one: give a language_model"
+        )
     columns = {name: each(name, value, count, noun) for name, value in controls.items() if value is not None}
     prefixes = [model.controls.prefix(**{k: v[i] for k, v in columns.items()}) for i in range(count)]
     forced = forced_words(model, begin, count, options, noun)
@@ -199,13 +205,14 @@ def caption_images(
         features = model.features([images[i] for i in rows])[1]
         copies = (False, guidance_null != "controls") if with_null else (False,)
         dropped = torch.tensor(copies, device=model.device).repeat_interleave(len(rows))
-        return model.decoder.visual_tokens(features.tokens.repeat(len(copies), 1, 1), dropped)
+        return model.decoder.visual_tokens(features.for_decoder.repeat(len(copies), 1, 1), dropped)
 
     return write_rows(
         model,
         visual_of,
         len(images),
         null_has_controls=guidance_null == "image",
+        null_needs_image=guidance_null != "controls",
         batch_size=batch_size,
         noun="image",
         **how,
@@ -259,6 +266,7 @@ def describe_regions(
             sum(counts),
             guidance=flat("guidance", guidance, counts),
             null_has_controls=True,
+            null_needs_image=guidance_null != "region",
             controls={"length": flat("length", length, counts)},
             begin=flat("begin", begin, counts),
             first_row=flat("first_row", first_row, counts),
