@@ -51,6 +51,8 @@ class EvalConfig:
     batch_size: int = 256
     # Exponential moving average of the parameters, where the optimiser keeps one; also what is loaded later.
     use_ema: bool = True
+    # Also evaluate what training starts from, as eval/before.json.
+    before: bool = False
     stop_metric: str | None = None
     stop_mode: Literal["max", "min"] = "max"
     stop_patience: int = 5

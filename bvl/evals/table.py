@@ -15,16 +15,22 @@ from bvl.evals.base import predictions_path
 from bvl.runs import RunFolder
 
 
-def print_table(metrics: Mapping[str, Any]) -> None:
-    """One line a metric, with its 95 % interval and chance level where there is one."""
-    table = Table(*(Column(name, no_wrap=True) for name in ("metric", "value", "95 % interval", "chance")))
+def print_table(metrics: Mapping[str, Any], *, before: Mapping[str, Any] | None = None) -> None:
+    """One line a metric, with its 95 % interval and chance level where there is one.
+
+    before: the metrics of the model that training started from, for a column of their own.
+    """
+    columns = ("metric", *(("before",) if before is not None else ()), "value", "95 % interval", "chance")
+    table = Table(*(Column(name, no_wrap=True) for name in columns))
     for name, value in metrics.items():
         if not isinstance(value, int | float) or name.endswith("/chance"):
             continue
         interval, chance = metrics.get(f"{name}/ci95"), metrics.get(f"{name}/chance")
+        start = [] if before is None else [_number(before.get(name, ""))]
         table.add_row(
             name,
-            str(value) if isinstance(value, int) else f"{value:.4f}",
+            *start,
+            _number(value),
             f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
             f"{chance:.4f}" if chance is not None else "",
         )
@@ -51,6 +57,10 @@ def read_examples(run: RunFolder, suites: Sequence[str]) -> dict[str, list[dict[
         for name, path in paths.items()
         if path.is_file()
     }
+
+
+def _number(value: float | str) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _console(width: int = 120) -> Console:

@@ -41,6 +41,8 @@ VOCABULARIES = ("text", "decoder")
 # Tables whose rows are told by their number alone; what is added to a vocabulary stands at its end.
 _ROWS = re.compile(r"model/(text|decoder)/token_embed$|model/decoder/head$")
 _POSITIONS = re.compile(r"model/(text|decoder)/positions$")
+# What a language model alone has not.
+_SEES = re.compile(r"model/decoder/(visual_tokens|block_\d+/cross(_norm)?)/")
 _SHOWN = 8
 
 
@@ -259,6 +261,8 @@ def initial_params(start: Start, config: Config, fresh: Any, mesh: Mesh) -> tupl
             diff.new[name] = "heads are of the tasks of this run"
         elif "_projection/" in name and not _has_module(given[spec], name):
             diff.new[name] = f"{spec} has no projection"
+        elif _SEES.match(name) and start.sources[spec].config.model.image is None:
+            diff.new[name] = f"{spec} reads no images"
         elif name not in wrong[spec]:
             wrong[spec][name] = ("absent", _shape(own[name]))
     diff.new = dict(sorted(diff.new.items()))

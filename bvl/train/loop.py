@@ -153,6 +153,10 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
             num_devices=mesh.size,
             adapter=program.adapter,
         )
+        if config.eval.before and step == 0:
+            scores = loop.evaluate(state, step, name="before")
+            for name, value in scores.items():
+                logger.info("before training: %s %.4f", name, value)
         return loop.run_to_end(state, sums)
     finally:
         checkpoints.close()
@@ -166,7 +170,7 @@ class _Loop:
     checkpoints: Checkpoints
     step_fn: Callable[[TrainState, dict[str, Any]], tuple[TrainState, Any]]
     flops: Callable[[], int | None]
-    evaluate: Callable[[TrainState, int], dict[str, float]]
+    evaluate: Callable[..., dict[str, float]]
     early_stop: EarlyStop
     trace: StepTrace
     num_devices: int
@@ -346,8 +350,11 @@ def _evaluate(
     adapter: Adapter | None,
     state: TrainState,
     step: int,
+    *,
+    name: str | None = None,
 ):
-    """Run the suites on the state's parameters (their average, if kept) and write eval.json; returns plain numbers."""
+    """Run the suites on the state's parameters (their average, if kept) and write eval.json, or eval/<name>.json;
+    returns plain numbers."""
     if not suites:
         return {}
     average = state.ema is not None and config.eval.use_ema
@@ -356,5 +363,5 @@ def _evaluate(
         params = adapter.merged(params)
     current = dataclasses.replace(components, params=params, step=step, _hash=None)
     results = evaluate(current, suites, batch_size=config.eval.batch_size)
-    metrics = write_eval(run, results)
+    metrics = write_eval(run, results, name=name)
     return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}

@@ -36,7 +36,7 @@ class LoraConfig:
 
     rank: int = 8
     alpha: float = 16.0
-    targets: tuple[str, ...] = (r"attention/(query|value)/kernel$",)
+    targets: tuple[str, ...] = (r"(attention|cross)/(query|value)/kernel$",)
     train: tuple[str, ...] = (r"^heads/|_projection/|^model/(log_scale|logit_bias)$",)
 
     def __post_init__(self):
