@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from bvl.convert.peers import import_peer
-from bvl.convert.preprocess import differences, from_hf, from_open_clip, read_hf, to_hf, to_open_clip
+from bvl.convert.preprocess import (
+    as_written,
+    differences,
+    from_hf,
+    from_open_clip,
+    read_hf,
+    to_hf,
+    to_open_clip,
+)
 from bvl.data.images import open_image
 from bvl.data.transforms import CLIP_MEAN, CLIP_STD, Preprocess, apply
 from bvl.errors import ConversionError
@@ -144,12 +152,17 @@ def test_what_is_rounded_otherwise_is_said_and_seen(processors, image_transform)
     assert len(said) == 2 and "crop_offset='nearest'" in said[0] and "passes='pillow'" in said[1]
     processor = processors.CLIPImageProcessor(**{k: v for k, v in to_hf(ours).items() if "type" not in k})
     assert worst(lambda p: processor(p, return_tensors="np")["pixel_values"][0], ours)[0] > 50
+    written = as_written(ours, "hf")
+    assert worst(lambda p: processor(p, return_tensors="np")["pixel_values"][0], written)[0] <= 2
+    assert differences(written, "hf") == []
     oblong = Preprocess(image_size=(40, 64), crop_offset="down")
     said = differences(oblong, "open_clip")
     assert len(said) == 2 and "crop_offset='down'" in said[0] and "long_side='down'" in said[1]
     written = to_open_clip(oblong)
     options = {key: written[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     assert worst(image_transform((40, 64), False, **options), oblong)[0] > 50
+    written = as_written(oblong, "open_clip")
+    assert worst(image_transform((40, 64), False, **options), written) == (0, 0)
 
 
 def test_defaults_of_open_clip():

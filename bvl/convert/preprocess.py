@@ -236,6 +236,16 @@ def to_hf(preprocess: Preprocess, processor: str = "CLIPImageProcessor") -> dict
     return out
 
 
+def as_written(preprocess: Preprocess, format: Literal["open_clip", "hf"]) -> Preprocess:
+    """What the other library's transform does where it is given `preprocess`; equal to it but for `differences`.
+
+    Raises ConversionError as `to_open_clip` and `to_hf` do.
+    """
+    if format == "open_clip":
+        return from_open_clip(to_open_clip(preprocess), preprocess.image_size)
+    return from_hf(to_hf(preprocess))
+
+
 def differences(preprocess: Preprocess, format: Literal["open_clip", "hf"]) -> list[str]:
     """What the other library's transform rounds otherwise than `preprocess`, a sentence each; none = equal tensors."""
     out = []
