@@ -1,1 +1,264 @@
-FAMILIES = ()
+"""open_clip's CoCa: a ViT with an attentional pooler, and a decoder whose first half embeds texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bvl.convert import open_clip_towers as native
+from bvl.convert.families import Described, Family, Layer, Source, TextFacts, Tower, expect
+from bvl.convert.open_clip import (
+    as_loaded,
+    encode_image,
+    encode_text,
+    load_folder,
+    model_cfg,
+    scale_options,
+    scale_rows,
+    text_facts,
+)
+from bvl.convert.preprocess import from_open_clip
+from bvl.convert.table import Row, Table, Unread, linear, norm, packed, table
+from bvl.convert.tensors import Tensors
+from bvl.errors import ConversionError
+from bvl.models.attentional_pool import AttentionalPool
+from bvl.models.decoder import DecoderConfig
+from bvl.models.vit import ViTConfig
+from bvl.models.vlm import DualEncoderConfig
+
+_MODEL_OPTIONS = {
+    "embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias",
+    "nonscalar_logit_scale", "custom_text", "cast_dtype", "pad_id", "output_dict",
+}  # fmt: skip
+# What open_clip's training gives the two losses.
+TASKS = {
+    "contrastive": {"type": "bvl.tasks.contrastive.Contrastive"},
+    "caption": {"type": "bvl.tasks.caption.Caption", "weight": 2.0, "image_dropout": 0.0},
+}
+
+# A cross block of the multimodal half, which is the second half of one of our blocks.
+CROSS = table(
+    norm("cross_norm", "ln_1"),
+    norm("visual_norm", "ln_1_kv"),
+    packed("cross", ("query", "key", "value"), "attn.in_proj_weight", "attn.in_proj_bias"),
+    linear("cross/out", "attn.out_proj"),
+    norm("image_mlp_norm", "ln_2"),
+    linear("image_mlp/up", "mlp.c_fc"),
+    linear("image_mlp/down", "mlp.c_proj"),
+)
+ENDS = table(
+    Row("decoder/token_embed", "text.token_embedding.weight"),
+    Row("decoder/positions", "text.positional_embedding"),
+    Row("decoder/text_class", "text.cls_emb"),
+    norm("decoder/unimodal_norm", "text.ln_final"),
+    norm("decoder/norm", "text_decoder.ln_final"),
+    Row("decoder/head", "text_decoder.text_projection", "transpose"),
+    Unread(r"text(_decoder)?\.attn_mask", "the causal mask"),
+)
+
+
+def attentional_pool(config: ViTConfig) -> Table:
+    """The pooler; torch keeps its maps in one tensor where both widths are equal."""
+    maps = ("query", "key", "value")
+    if config.attentional_pool.width == config.sizes[0]:
+        rows = packed("attention", maps, "attn.in_proj_weight", "attn.in_proj_bias")
+    else:
+        rows = tuple(
+            row
+            for k, name in enumerate(maps)
+            for row in (
+                Row(f"attention/{name}/kernel", f"attn.{name[0]}_proj_weight", "transpose"),
+                Row(f"attention/{name}/bias", "attn.in_proj_bias", part=(k, 3)),
+            )
+        )
+    return table(
+        Row("queries", "query"),
+        norm("query_norm", "ln_q"),
+        norm("token_norm", "ln_k"),
+        rows,
+        linear("attention/out", "attn.out_proj"),
+    )
+
+
+class CoCa(Family):
+    """Yu et al. 2022 (arXiv:2205.01917), as open_clip has it."""
+
+    name = "CoCa"
+    library = "open_clip"
+    weights_file = "open_clip_model.safetensors"
+    config_file = "open_clip_config.json"
+
+    def accepts(self, source: Source) -> bool:
+        return "multimodal_cfg" in (source.config.get("model_cfg") or {})
+
+    def describe(self, source: Source) -> Described:
+        where = str(source.folder)
+        cfg = model_cfg(source.config, where=where)
+        native.known_options(cfg, _MODEL_OPTIONS, where=where)
+        image = _read_vision(cfg, where=f"{where}: vision_cfg")
+        decoder = _read_decoder(cfg, where=where)
+        if image.output_width != decoder.width:
+            raise ConversionError(
+                f"{where}: the decoder of width {decoder.width} cannot read image tokens of width {image.output_width}"
+            )
+        return Described(
+            model=native.checked(
+                DualEncoderConfig,
+                where=where,
+                image=image,
+                text=None,
+                decoder=decoder,
+                embed_dim=cfg["embed_dim"],
+                text_projection=_text_projection(cfg["text_cfg"]),
+                **scale_options(cfg, source, self.tensors(source)),
+            ),
+            preprocess=from_open_clip(source.config.get("preprocess_cfg"), native.image_size(cfg["vision_cfg"])),
+            text=_text_facts(cfg),
+            tasks=TASKS,
+        )
+
+    def tensors(self, source: Source) -> Tensors:
+        return as_loaded(source.tensors(), model_cfg(source.config, where=str(source.folder)), custom=True)
+
+    def table(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> Table:
+        cfg, decoder = foreign["model_cfg"], model.decoder
+        block, first = native.block(), decoder.num_unimodal
+        rows = [
+            native.vision_transformer(model.image).under("image/", "visual."),
+            Row("image_projection/kernel", "visual.proj"),
+            ENDS,
+            block.under("decoder/block_{i}/", "text.transformer.resblocks.{i}.").repeat(first),
+            scale_rows(cfg),
+        ]
+        for i in range(decoder.depth - first):
+            rows.append(block.under(f"decoder/block_{first + i}/", f"text_decoder.resblocks.{i}."))
+            rows.append(CROSS.under(f"decoder/block_{first + i}/", f"text_decoder.cross_attn.{i}."))
+        if model.image.attentional_pool is not None:
+            rows.append(attentional_pool(model.image).under("image/attentional_pool/", "visual.attn_pool."))
+        if model.text_projection == "linear":
+            rows.append(Row("text_projection/kernel", "text.text_projection"))
+        elif model.text_projection == "linear_bias":
+            rows.append(linear("text_projection", "text.text_projection"))
+        return table(*rows)
+
+    def load_peer(self, folder: Path, foreign: Mapping[str, Any]) -> Any:
+        return load_folder(folder)
+
+    def towers(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> tuple[Tower, ...]:
+        first, depth = model.decoder.num_unimodal, model.decoder.depth
+        image = native.vision_layers(model.image, {})
+        if model.image.attentional_pool is not None:
+            image = (*image, Layer("image/attentional_pool", "visual.attn_pool"))
+        text = [Layer(f"decoder/block_{i}", f"text.transformer.resblocks.{i}") for i in range(first)]
+        decoder = [
+            Layer(f"decoder/block_{first + i}", f"text_decoder.cross_attn.{i}") for i in range(depth - first)
+        ]
+        return (
+            Tower("image", image, encode_image),
+            Tower("text", tuple(text), encode_text),
+            Tower("decoder", (*decoder, Layer("decoder/norm", "text_decoder.ln_final")), _decode),
+        )
+
+    def scale_and_bias(self, peer: Any) -> tuple[float, float]:
+        bias = 0.0 if peer.logit_bias is None else float(peer.logit_bias.detach())
+        return float(peer.logit_scale.detach().exp()), bias
+
+
+def _decode(peer: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Logits of every token of texts."""
+    _, visual = peer.visual(inputs["pixels"])
+    _, tokens = peer.text(inputs["tokens"])
+    return {"logits": peer.text_decoder(visual, tokens)}
+
+
+def _read_vision(cfg: Mapping[str, Any], *, where: str) -> ViTConfig:
+    vision = dict(cfg["vision_cfg"])
+    if vision.get("timm_model_name"):
+        raise ConversionError(
+            f"{where}: timm_model_name={vision['timm_model_name']!r}: timm's towers hand no tokens to a decoder"
+        )
+    if isinstance(vision.get("layers", 12), list | tuple):
+        raise ConversionError(f"{where}: layers={vision['layers']!r}: ResNets hand no tokens to a decoder")
+    expect(vision, {"output_tokens": (True,), "attentional_pool": (False, True, None)}, where=where)
+    pooled = bool(vision.get("attentional_pool"))
+    # With a pooler open_clip does not read final_ln_after_pool.
+    if vision.get("final_ln_after_pool") and not pooled:
+        raise ConversionError(f"{where}: final_ln_after_pool=True: the decoder would read tokens without norm")
+    plain = {**vision, "attentional_pool": False, "output_tokens": False, "final_ln_after_pool": False}
+    image = native.read_vision(plain, quick_gelu=bool(cfg.get("quick_gelu", False)), where=where)
+    if not pooled:
+        return image
+    pool = native.checked(
+        AttentionalPool,
+        where=where,
+        width=cfg["embed_dim"],
+        queries=vision.get("attn_pooler_queries", 256),
+        num_heads=vision.get("attn_pooler_heads", 8),
+    )
+    return dataclasses.replace(image, attentional_pool=pool)
+
+
+def _read_decoder(cfg: Mapping[str, Any], *, where: str) -> DecoderConfig:
+    text, multimodal, quick = cfg["text_cfg"], cfg["multimodal_cfg"], bool(cfg.get("quick_gelu", False))
+    if text.get("hf_model_name"):
+        raise ConversionError(
+            f"{where}: text_cfg.hf_model_name={text['hf_model_name']!r}: a CoCa whose decoder reads the tokens of a "
+            "tower of transformers is not reproduced by bvl"
+        )
+    expect(text, {"embed_cls": (True,), "no_causal_mask": (False,)}, where=f"{where}: text_cfg")
+    if not text.get("embed_cls"):
+        raise ConversionError(f"{where}: text_cfg.embed_cls=False is not reproduced by bvl; known: True")
+    expect(
+        text,
+        {name: (None, {}) for name in ("norm_kwargs", "act_kwargs", "ls_init_value")} | {"qk_norm": (False,)},
+        where=f"{where}: text_cfg",
+    )
+    # The class token is pooled whatever pool_type says.
+    plain = {**text, "embed_cls": False, "output_tokens": False, "pool_type": "last"}
+    tower = native.read_text(plain, quick_gelu=quick, where=f"{where}: text_cfg")
+    expect(multimodal, {"ls_init_value": (None,)}, where=f"{where}: multimodal_cfg")
+    width, depth = multimodal.get("width", 512), multimodal.get("layers", 12)
+    if width != tower.width:
+        raise ConversionError(
+            f"{where}: multimodal_cfg.width={width} and text_cfg.width={tower.width} must be equal"
+        )
+    context = text.get("context_length", 77)
+    if multimodal.get("context_length", 77) < context:
+        raise ConversionError(
+            f"{where}: multimodal_cfg.context_length={multimodal.get('context_length', 77)} is shorter than that of "
+            f"text_cfg, {context}"
+        )
+    return native.checked(
+        DecoderConfig,
+        where=where,
+        layout="coca",
+        width=width,
+        depth=tower.depth + depth,
+        unimodal_depth=tower.depth,
+        num_heads=multimodal.get("heads", 8),
+        unimodal_heads=tower.num_heads,
+        mlp_hidden=4 * width,  # open_clip does not read mlp_ratio here
+        unimodal_mlp_hidden=tower.mlp_hidden,
+        activation=tower.activation,
+        tied_head=False,
+        null=False,
+        text_class=True,
+        cross_mlp=True,
+    )
+
+
+def _text_facts(cfg: Mapping[str, Any]) -> TextFacts:
+    # Padding is seen by the class token, so that it must be theirs.
+    text = cfg["text_cfg"]
+    return dataclasses.replace(text_facts(text), pad_id=text.get("pad_id", 0))
+
+
+def _text_projection(text: Mapping[str, Any]) -> str:
+    if text.get("proj_type", "linear") == "none":
+        return "none"
+    return "linear_bias" if text.get("proj_bias") else "linear"
+
+
+FAMILIES = (CoCa(),)

@@ -317,6 +317,9 @@ class Decoder(nn.Module):
         """Layout coca: what the blocks that do not see the image make of texts, and of the class token behind them."""
         count = tokens.shape[1]
         positions, seen = _positions(mask), mask
+        if self.config.text_class:
+            # The class token sees a place of padding, which has its own position in open_clip.
+            positions = jnp.broadcast_to(jnp.arange(count), tokens.shape)
         x = self._embed(tokens, positions)
         if self.config.text_class:
             behind = self.text_class.astype(self.dtype) + self.positions[count].astype(self.dtype)
