@@ -109,7 +109,7 @@ def export(
     config, tokenizer = components.config, components.tokenizer
     if format == "torch":
         report = _export_torch(components, out, model=model, source=source, check=check, tolerance=tolerance)
-        how_to_load = None
+        how_to_load, notes = None, ()
     else:
         exported = export_model(
             out, format, config=config, params=components.params, tokenizer=tokenizer, hub_id=hub_id
@@ -143,6 +143,7 @@ def export(
             tolerance,
         )
         how_to_load = exported.family.how_to_load(out.name)
+        notes = exported.family.notes(exported.foreign, out)
     write_atomic(out / "preprocess.json", json.dumps(components.preprocess.to_dict(), indent=2) + "\n")
     if not (out / "tokenizer.json").is_file():
         tokenizer.save(out / "tokenizer.json")
@@ -156,6 +157,7 @@ def export(
         evaluation=_json(run.eval if run else None),
         parity=report.to_dict(),
         how_to_load=how_to_load,
+        extra=notes,
     )
     write_atomic(out / "README.md", card)
     return report

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from bvl.convert.families import TextFacts
 from bvl.convert.peers import import_peer
-from bvl.convert.tokenizers import read_tokenizer, write_hf_tokenizer, write_open_clip_tokenizer
+from bvl.convert.tokenizers import open_clip_entries, read_tokenizer, write_hf_tokenizer
 from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.errors import ConversionError
 
@@ -230,7 +230,8 @@ def test_the_vocabulary_of_open_clip(open_clip, tmp_path, clean):
     assert config.embedding_rows is None and tokenizer.vocab_size == 49408
     assert tokenizer.decode(tokenizer.encode("naïve façade")[0]) == "naïve façade"
     # As one of transformers: in other people's hands the same.
-    entries = write_open_clip_tokenizer(tmp_path, tokenizer)[1]
+    write_hf_tokenizer(tmp_path, tokenizer)
+    entries = open_clip_entries(tokenizer)
     write_open_clip_config(tmp_path, entries)
     again = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
     assert type(again).__name__ == "HFTokenizer" and again(texts).tolist() == theirs(texts).tolist()
@@ -257,7 +258,7 @@ def test_ours_in_both_libraries(transformers, open_clip, tmp_path, kind, start):
     trained = Tokenizer.train(TEXTS, options, extra=["[LENGTH_3]"])
     tokenizer = Tokenizer(trained.model(), CONTEXT, start=start)
     texts = [*TEXTS, "spelled out: [END] [PAD] [LENGTH_3]"]
-    paths, entries = write_open_clip_tokenizer(tmp_path, tokenizer)
+    paths, entries = write_hf_tokenizer(tmp_path, tokenizer), open_clip_entries(tokenizer)
     assert all(path.is_file() for path in paths)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(texts, padding="max_length", truncation=True).input_ids == ids_of(tokenizer, texts)

@@ -173,6 +173,10 @@ class Family:
         """Lines of Python, for the model card."""
         raise NotImplementedError
 
+    def notes(self, foreign: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+        """Further paragraphs of the model card, such as what to do after the folder is moved."""
+        return ()
+
 
 def expect(foreign: Mapping[str, Any], options: Mapping[str, tuple[Any, ...]], *, where: str) -> None:
     """Raise ConversionError unless each option that the foreign config gives has one of the values bvl reproduces.

@@ -171,9 +171,7 @@ class _DualEncoder(Family):
     def foreign(self, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         return writing.foreign(config, tokenizer, custom=self.custom)
 
-    def placed(
-        self, foreign: Mapping[str, Any], folder: Path, *, hub_id: str | None = None
-    ) -> dict[str, Any]:
+    def placed(self, foreign: Mapping[str, Any], folder: Path, *, hub_id: str | None) -> dict[str, Any]:
         return writing.placed(foreign, folder, hub_id=hub_id)
 
     def write_files(
@@ -182,7 +180,10 @@ class _DualEncoder(Family):
         writing.write_files(folder, foreign, config, tokenizer)
 
     def how_to_load(self, folder_name: str) -> str:
-        return writing.how_to_load(folder_name, custom=self.custom)
+        return writing.how_to_load(folder_name)
+
+    def notes(self, foreign: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+        return writing.notes(foreign, folder)
 
 
 class Clip(_DualEncoder):

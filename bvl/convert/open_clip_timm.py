@@ -272,3 +272,52 @@ def layers(config: ViTConfig) -> tuple[Layer, ...]:
     if config.pool == "map":
         found.append(Layer("image/pool", f"{trunk}.attn_pool"))
     return tuple(found)
+
+
+def trunk_for(config: ViTConfig, size: Size, *, headed: bool) -> tuple[str, str] | str:
+    """(timm's name, timm_pool) of a network at an image size; in words how the nearest one differs, where none is equal."""
+    wanted = _network(config)
+    nearest: list[str] | None = None
+    for name in TRUNKS:
+        for pool in _POOLS:
+            listed = _listed(name, pool, headed=headed)
+            if listed is None:
+                continue
+            theirs = _network(listed[0])
+            differing = [
+                f"model.image.{key} is {wanted[key]!r} and not {theirs[key]!r}"
+                for key in wanted
+                if wanted[key] != theirs[key]
+            ]
+            if listed[1] != size:
+                differing.append(f"data.preprocess.image_size is {size} and not {listed[1]}")
+            if not differing:
+                return name, pool
+            if nearest is None or len(differing) < len(nearest) - 1:
+                nearest = [f"of {name}", *differing]
+    return f"{nearest[0]}, the nearest, {'; '.join(nearest[1:])}"
+
+
+def _network(config: ViTConfig) -> dict[str, Any]:
+    """What a trained network computes: sizes by number, options that only training reads left out."""
+    out = dataclasses.asdict(config)
+    for key in (
+        "variant",
+        "patch_dropout",
+        "dropout",
+        "drop_path",
+        "levels",
+        "scan",
+        "remat",
+        "position_resize",
+    ):
+        del out[key]
+    out |= dict(zip(("width", "depth", "num_heads", "mlp_hidden"), config.sizes, strict=True))
+    return out | {
+        "patch_size": config.patch_size,
+        "class_token": config.has_class_token,
+        "layer_scale": config.layer_scale is not None,
+        "prefix_positions": config.num_prefix_positions,
+        # Where the sides are whole patches it makes no difference; where not, only False is possible.
+        "whole_patches": None,
+    }

@@ -140,21 +140,18 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer) -> list[Path]:
     return paths
 
 
-def write_open_clip_tokenizer(
-    folder: Path, tokenizer: Tokenizer, *, name: str = "local"
-) -> tuple[list[Path], dict[str, Any]]:
-    """Write the files that `open_clip.get_tokenizer("local-dir:FOLDER")` reads; (paths, entries for text_cfg).
+def open_clip_entries(tokenizer: Tokenizer, *, name: str = "local") -> dict[str, Any]:
+    """Entries for text_cfg, so that `open_clip.get_tokenizer("local-dir:FOLDER")` reads what `write_hf_tokenizer` writes.
 
     name: what `hf_tokenizer_name` says. open_clip does not look it up for a local folder, but a copy on the Hugging
     Face hub is found by it. open_clip always repairs a text and joins its white space first: a tokenizer to which
     white space matters gives other ids there for texts with line breaks or double spaces.
     """
-    entries = {
+    return {
         "hf_tokenizer_name": name,
         "tokenizer_kwargs": {"clean": "whitespace"},
         "context_length": tokenizer.context_length,
     }
-    return write_hf_tokenizer(folder, tokenizer), entries
 
 
 def _read_hf(folder: Path, facts: TextFacts) -> tuple[tokenizers.Tokenizer, dict[str, str | None], str]:
