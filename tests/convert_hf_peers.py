@@ -47,3 +47,47 @@ def clip(T, folder, *, vision=(), text=(), **options):
         text_config=text, vision_config=VISION | dict(vision), **dict(projection_dim=12) | options
     )
     return write(T.CLIPModel(config), folder, special=CLIP_SPECIAL)
+
+
+def siglip(T, folder, *, vision=(), text=()):
+    vision = VISION | dict(vision)
+    config = T.SiglipConfig(
+        text_config=TEXT | dict(projection_size=vision["hidden_size"]) | dict(text), vision_config=vision
+    )
+    return write(T.SiglipModel(config), folder, special=SIGLIP_SPECIAL)
+
+
+def vision_text(T, folder, vision=None, *, text=()):
+    """vision: the config of the image tower, by default that of a ViT."""
+    vision = vision or T.ViTConfig(**VISION)
+    config = T.VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision, T.BertConfig(**TEXT | dict(text)), projection_dim=12
+    )
+    return write(T.VisionTextDualEncoderModel(config), folder, special=BERT_SPECIAL)
+
+
+def vit(T, folder, *, pooler=True, **options):
+    return write(T.ViTModel(T.ViTConfig(**VISION | options), add_pooling_layer=pooler), folder)
+
+
+def dinov2(T, folder, **options):
+    return write(T.Dinov2Model(T.Dinov2Config(**DINO | options)), folder)
+
+
+def dinov2_registers(T, folder, **options):
+    return write(
+        T.Dinov2WithRegistersModel(
+            T.Dinov2WithRegistersConfig(**DINO | dict(num_register_tokens=3) | options)
+        ),
+        folder,
+    )
+
+
+def bert(T, folder, *, pooler=True, **options):
+    return write(
+        T.BertModel(T.BertConfig(**TEXT | options), add_pooling_layer=pooler), folder, special=BERT_SPECIAL
+    )
+
+
+def masked_lm(T, folder, **options):
+    return write(T.BertForMaskedLM(T.BertConfig(**TEXT | options)), folder, special=BERT_SPECIAL)

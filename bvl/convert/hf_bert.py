@@ -7,21 +7,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from bvl.assembly import embedding_rows
 from bvl.config import Config
 from bvl.convert.families import Described, Family, Layer, Source, TextFacts, Tower, expect
 from bvl.convert.hf_common import (
     FOREIGN_ACTIVATIONS,
     activation,
+    alone_wrong,
     block,
+    how_to_load,
     integer,
     is_class,
     load_peer,
     number,
+    refuse,
     renamed,
     unit,
+    unlike,
 )
 from bvl.convert.table import Alias, Row, Table, Unread, linear, norm, table
 from bvl.convert.tensors import Tensors
+from bvl.convert.tokenizers import write_hf_tokenizer
 from bvl.data.text import Tokenizer
 from bvl.errors import ConversionError
 from bvl.models.bert import VARIANTS, BertConfig
@@ -44,6 +50,11 @@ RENAMES = (
     (r"^bert\.", ""),
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
+)
+# Options of ours that the class can have, or that matter in training alone.
+_FREE = (
+    "variant hidden_size depth num_heads mlp_hidden max_positions type_vocab_size activation norm_epsilon dropout "
+    "drop_path scan remat"
 )
 _POOLER = "the embedding is pooled over the tokens; a dual encoder that reads the pooler takes it"
 
@@ -78,17 +89,20 @@ def bert_config(foreign: Mapping[str, Any], *, where: str, pool: Pool) -> BertCo
     )
 
 
-def foreign_bert(config: BertConfig, *, vocab_size: int, pad_id: int) -> dict[str, Any]:
-    """The BertConfig of a text tower of ours; raises ConversionError naming the options that prevent it."""
-    wrong = [f"model.text.pool_layers={config.pool_layers}"] if config.pool_layers else []
+def bert_wrong(config: BertConfig, *pools: Pool) -> list[str]:
+    """Which options of a text tower of ours, with one of these pools, BertModel has not."""
+    wrong = unlike("model.text", config, free=_FREE, fixed={"pool": pools})
     if config.activation not in FOREIGN_ACTIVATIONS:
         wrong.append(f"model.text.activation={config.activation!r}")
-    if wrong:
-        raise ConversionError(f"BertModel has no {', '.join(wrong)}")
+    return wrong
+
+
+def foreign_bert(config: BertConfig, *, rows: int, pad_id: int) -> dict[str, Any]:
+    """The foreign BertConfig of a text tower of ours without wrong options."""
     width, depth, num_heads, hidden = config.sizes
     return {
         "model_type": "bert",
-        "vocab_size": vocab_size,
+        "vocab_size": rows,
         "hidden_size": width,
         "num_hidden_layers": depth,
         "num_attention_heads": num_heads,
@@ -98,7 +112,7 @@ def foreign_bert(config: BertConfig, *, vocab_size: int, pad_id: int) -> dict[st
         "hidden_act": FOREIGN_ACTIVATIONS[config.activation],
         "layer_norm_eps": config.norm_epsilon,
         "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": 0.0,
         "pad_token_id": pad_id,
     }
 
@@ -221,7 +235,51 @@ class Bert(Family):
         return (bert_tower(model.text, "", lambda peer: peer),)
 
     def foreign(self, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-        raise NotImplementedError
+        model = config.model
+        if not isinstance(model.text, BertConfig) or model.image is not None:
+            refuse(self.name, ["room for anything but one BertConfig as model.text"])
+        wrong = bert_wrong(model.text, "mean", "cls", "max") + alone_wrong(model, "text")
+        refuse(self.name, wrong + self.head_wrong(config))
+        rows = embedding_rows(config, tokenizer)
+        return {"architectures": [self.name]} | foreign_bert(model.text, rows=rows, pad_id=tokenizer.pad_id)
+
+    def head_wrong(self, config: Config) -> list[str]:
+        """What prevents the class because of the task's head; the more special class comes first."""
+        return []
+
+    def write_files(
+        self, folder: Path, foreign: Mapping[str, Any], config: Config, tokenizer: Tokenizer
+    ) -> None:
+        write_hf_tokenizer(folder, tokenizer)
+        modes = {
+            "pooling_mode_cls_token": "cls",
+            "pooling_mode_mean_tokens": "mean",
+            "pooling_mode_max_tokens": "max",
+        }
+        (folder / "1_Pooling").mkdir(exist_ok=True)
+        pool, kinds = config.model.text.pool, ("Transformer", "Pooling", "Normalize")
+        paths = ("", "1_Pooling", "2_Normalize")
+        files = {
+            "1_Pooling/config.json": {
+                "word_embedding_dimension": config.model.text.width,
+                **{name: pool == mode for name, mode in modes.items()},
+            },
+            "sentence_bert_config.json": {"max_seq_length": tokenizer.context_length, "do_lower_case": False},
+            "modules.json": [
+                {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for i, (path, kind) in enumerate(zip(paths, kinds, strict=True))
+            ],
+        }
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def how_to_load(self, folder_name: str) -> str:
+        return how_to_load(
+            folder_name,
+            self.name,
+            tokenizer="AutoTokenizer",
+            then="hidden = model(**texts).last_hidden_state",
+        )
 
 
 def bert_tower(config: BertConfig, prefix: str, of: Any, project: Any = None) -> Tower:
@@ -280,6 +338,17 @@ class BertForMaskedLM(Bert):
             Alias(f"{head}decoder.bias", f"{head}bias"),
             Unread(r"cls\.seq_relationship\..*", "the head of next-sentence prediction"),
         )
+
+    def head_wrong(self, config: Config) -> list[str]:
+        text = config.model.text
+        task = config.tasks.get("mlm")
+        if task is None or not hasattr(task, "mask_fraction"):
+            return ["room for a model without the task mlm"]
+        return [
+            f"tasks.mlm.{name}={getattr(task, name)!r} beside model.text.{name}={getattr(text, name)!r}"
+            for name in ("norm_epsilon", "activation")
+            if getattr(task, name) != getattr(text, name)
+        ]
 
     def load_peer(self, folder: Path, foreign: Mapping[str, Any]) -> Any:
         return load_peer("BertForMaskedLM", folder)

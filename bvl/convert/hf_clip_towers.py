@@ -6,6 +6,7 @@ from typing import Any
 
 from bvl.convert.families import Layer, TextFacts, expect
 from bvl.convert.hf_common import (
+    FOREIGN_ACTIVATIONS,
     Config,
     HeightWidth,
     activation,
@@ -13,9 +14,11 @@ from bvl.convert.hf_common import (
     integer,
     number,
     side,
+    unlike,
 )
 from bvl.convert.hf_vision_towers import Dinov2RegistersTower, Dinov2Tower, VisionTower, ViTTower
 from bvl.convert.table import Row, Table, Unread, linear, norm, packed, table
+from bvl.data.text import Tokenizer
 from bvl.errors import ConversionError
 from bvl.models.text import TextConfig
 from bvl.models.vit import ViTConfig
@@ -30,6 +33,8 @@ BLOCK = {
     "mlp/up": "mlp.fc1",
     "mlp/down": "mlp.fc2",
 }
+# Options of ours that both classes can have, or that matter in training alone.
+_FREE = "width depth num_heads mlp_hidden activation norm_epsilon dropout drop_path token_std position_std scan remat"
 _POSITION_IDS = Unread(r"embeddings\.position_ids", "0, 1, 2, ...")
 
 
@@ -38,6 +43,7 @@ class ClipVisionTower(VisionTower):
 
     model_type, class_name, processor = "clip_vision_model", "CLIPVisionModel", "CLIPImageProcessor"
     layer, live_layer, live_patches = "encoder.layers", "encoder.layers", "embeddings.patch_embedding"
+    fixed = {"pool": ("cls",), "patch_bias": (False,), "pre_norm": (True,)}
     renames = ((r"^vision_model\.", ""),)
     block_names = BLOCK
 
@@ -69,17 +75,6 @@ class ClipVisionTower(VisionTower):
             _POSITION_IDS,
         )
 
-    def foreign(self, config: ViTConfig, image_size: HeightWidth) -> dict[str, Any]:
-        fixed = {
-            "patch_bias": False,
-            "pre_norm": True,
-            "qkv_bias": True,
-            "registers": 0,
-            "layer_scale": None,
-            "pool": "cls",
-        }
-        return _square(self, config, self._foreign(config, image_size, fixed))
-
     def layers(self, config: ViTConfig) -> tuple[Layer, ...]:
         return (*super().layers(config), Layer("pre_norm", "pre_layrnorm"))
 
@@ -93,6 +88,7 @@ class SiglipVisionTower(ClipVisionTower):
     """SiglipVisionModel: no class token; a learned query attends to the patches."""
 
     model_type, class_name, processor = "siglip_vision_model", "SiglipVisionModel", "SiglipImageProcessor"
+    fixed = {"class_token": (None, False)}
 
     def config(self, foreign: Config, *, where: str, pooler: bool = False) -> ViTConfig:
         del pooler  # The attention pool is what this class calls so.
@@ -124,17 +120,6 @@ class SiglipVisionTower(ClipVisionTower):
             _POSITION_IDS,
         )
 
-    def foreign(self, config: ViTConfig, image_size: HeightWidth) -> dict[str, Any]:
-        fixed = {
-            "patch_bias": True,
-            "pre_norm": False,
-            "qkv_bias": True,
-            "registers": 0,
-            "layer_scale": None,
-            "pool": "map",
-        }
-        return _square(self, config, self._foreign(config, image_size, fixed))
-
     def layers(self, config: ViTConfig) -> tuple[Layer, ...]:
         return (*VisionTower.layers(self, config), Layer("norm", "post_layernorm"), Layer("pool", "head"))
 
@@ -142,17 +127,6 @@ class SiglipVisionTower(ClipVisionTower):
         own = (vision.embeddings.image_size,) * 2
         out = vision(pixel_values=pixels, interpolate_pos_encoding=tuple(pixels.shape[2:]) != own)
         return {"pooled": out.pooler_output, "tokens": out.last_hidden_state}
-
-
-def _square(tower: VisionTower, config: ViTConfig, foreign: dict[str, Any]) -> dict[str, Any]:
-    problems = []
-    if not isinstance(foreign["image_size"], int):
-        problems.append(f"data.preprocess.image_size={foreign['image_size']}, which is not square")
-    if foreign["hidden_act"] is None:
-        problems.append(f"model.image.activation={config.activation!r}")
-    if problems:
-        raise ConversionError(f"{tower.class_name} has no {', '.join(problems)}")
-    return foreign
 
 
 VISION: dict[str, VisionTower] = {
@@ -238,3 +212,43 @@ def _text(foreign: Config, *, where: str, width: int, heads: int, hidden: int, *
         mlp_hidden=integer(foreign, "intermediate_size", hidden, where=where),
         **options,
     )
+
+
+def clip_text_wrong(config: TextConfig, tokenizer: Tokenizer) -> list[str]:
+    """Which options of a text tower of ours CLIPTextModel has not."""
+    # Under a causal mask no text token sees the padding behind it.
+    fixed = {"pool": ("end", "highest"), "attend_padding": (False, True)}
+    wrong = unlike("model.text", config, free=_FREE, fixed=fixed)
+    if config.pool == "end" and tokenizer.end_id == 2:
+        wrong.append("model.text.pool='end' with an end token of id 2, which means the highest id there")
+    return wrong + _activation_wrong(config)
+
+
+def siglip_text_wrong(config: TextConfig) -> list[str]:
+    """Which options of a text tower of ours SiglipTextModel has not."""
+    fixed = {"causal": (False,), "pool": ("last",), "attend_padding": (True,)}
+    return unlike("model.text", config, free=_FREE, fixed=fixed) + _activation_wrong(config)
+
+
+def foreign_text(config: TextConfig, tokenizer: Tokenizer, *, model_type: str, rows: int) -> dict[str, Any]:
+    """The CLIPTextConfig or SiglipTextConfig of a text tower of ours without wrong options."""
+    width, depth, num_heads, hidden = config.sizes
+    return {
+        "model_type": model_type,
+        "vocab_size": rows,
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": num_heads,
+        "intermediate_size": hidden,
+        "max_position_embeddings": tokenizer.context_length,
+        "hidden_act": FOREIGN_ACTIVATIONS[config.activation],
+        "layer_norm_eps": config.norm_epsilon,
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": 2 if config.pool == "highest" else tokenizer.end_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _activation_wrong(config: TextConfig) -> list[str]:
+    known = config.activation in FOREIGN_ACTIVATIONS
+    return [] if known else [f"model.text.activation={config.activation!r}"]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bvl.convert.families import Source
 from bvl.convert.hf_decoders import activation_of
 from bvl.convert.peers import import_peer
-from bvl.convert.preprocess import from_hf, read_hf
+from bvl.convert.preprocess import from_hf, read_hf, to_hf
 from bvl.convert.table import Table, linear, norm, table
 from bvl.convert.tensors import Tensors
 from bvl.data.transforms import Preprocess
 from bvl.errors import ConversionError
 from bvl.models.layers import Activation
+from bvl.models.vlm import DualEncoderConfig
 
 FOREIGN_ACTIVATIONS: dict[str, str] = {
     "gelu": "gelu",
@@ -29,6 +32,8 @@ FOREIGN_ACTIVATIONS: dict[str, str] = {
 CLIP_MAX_SCALE = 100.0
 # Beyond any scale in use, and far from overflow.
 NO_MAX_SCALE = 1e6
+
+_CROPPING = ("CLIPImageProcessor", "BitImageProcessor")
 
 Config = Mapping[str, Any]
 HeightWidth = tuple[int, int]
@@ -105,7 +110,7 @@ def read_preprocess(source: Source, image_size: HeightWidth, processor: str) -> 
     if config is None:
         height, width = image_size
         config = {"image_processor_type": processor, "size": {"height": height, "width": width}}
-        if height == width and processor in ("CLIPImageProcessor", "BitImageProcessor"):
+        if height == width and processor in _CROPPING:
             config |= {"size": {"shortest_edge": height}, "crop_size": {"height": height, "width": width}}
     return from_hf(config, default_class=processor)
 
@@ -155,3 +160,80 @@ def load_peer(class_name: str, folder: Path, **options: Any) -> Any:
 def unit(x: Any) -> Any:
     """A torch tensor's rows at unit norm."""
     return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+
+
+def unlike(name: str, config: Any, *, free: str, fixed: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """Which options of ours a foreign class has not. name: of the config in ours, "model.image".
+
+    free: options, by spaces, that it can have with any value, or that matter in training alone. fixed: option -> the
+    values it has; of any other option that is the default.
+    """
+    wrong = []
+    for field in dataclasses.fields(config):
+        known, value = fixed.get(field.name, (field.default,)), getattr(config, field.name)
+        if field.name not in free.split() and value not in known:
+            wrong.append(f"{name}.{field.name}={value!r} (there {' or '.join(map(repr, known))})")
+    return wrong
+
+
+def alone_wrong(model: DualEncoderConfig, tower: str) -> list[str]:
+    """What prevents a class of one tower, "image" or "text", beside that tower's own options."""
+    projection = f"{tower}_projection"
+    wrong = modules_wrong(model)
+    if getattr(model, projection) != "none":
+        wrong.append(f"model.{projection}={getattr(model, projection)!r} (there 'none')")
+    return wrong
+
+
+def modules_wrong(model: DualEncoderConfig) -> list[str]:
+    """Modules beside the towers, which no encoder of transformers has."""
+    names = ("decoder", "region_encoder", "region_decoder")
+    return [f"model.{name}" for name in names if getattr(model, name) is not None]
+
+
+def refuse(class_name: str, wrong: list[str]) -> None:
+    """Raise ConversionError naming what is `wrong`, if anything is."""
+    if wrong:
+        raise ConversionError(f"{class_name} has no {', '.join(wrong)}")
+
+
+def reasons(*attempts: Callable[[], Any]) -> list[str]:
+    """What ConversionErrors of these calls say."""
+    found = []
+    for attempt in attempts:
+        try:
+            attempt()
+        except ConversionError as error:
+            found.append(str(error))
+    return found
+
+
+def how_to_load(
+    folder_name: str, class_name: str, *, tokenizer: str = "", processor: str = "", then: str = ""
+) -> str:
+    """Lines of Python that load an export, read an image and a text, and use them."""
+    named = sorted({name for name in (class_name, tokenizer, processor) if name})
+    lines = [f"from transformers import {', '.join(named)}", ""]
+    lines += [f'model = {class_name}.from_pretrained("{folder_name}").eval()']
+    if processor:
+        lines += [f'processor = {processor}.from_pretrained("{folder_name}")']
+        lines += ['images = processor(images=[image], return_tensors="pt")']
+    if tokenizer:
+        lines += [f'tokenizer = {tokenizer}.from_pretrained("{folder_name}")']
+        lines += ['texts = tokenizer([text], padding="max_length", truncation=True, return_tensors="pt")']
+    return "\n".join([*lines, *([then] if then else [])])
+
+
+def processor_class(preprocess: Preprocess, preferred: str) -> str:
+    """The class of image processor that an export names: the tower's own where it does what is asked."""
+    crops = preprocess.resize == "shortest_crop" or preprocess.resize_to is not None
+    if crops:
+        return preferred if preferred in _CROPPING else "CLIPImageProcessor"
+    return "ViTImageProcessor" if preferred in _CROPPING else preferred
+
+
+def write_processor(folder: Path, preprocess: Preprocess, preferred: str) -> None:
+    """Write preprocessor_config.json; raises ConversionError naming what no image processor can do."""
+    content = to_hf(preprocess, processor_class(preprocess, preferred))
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

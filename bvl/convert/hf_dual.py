@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from bvl.assembly import embedding_rows
+from bvl.config import Config
 from bvl.convert.families import Described, Family, Layer, Source, Tower
 from bvl.convert.hf_bert import RENAMES as BERT_RENAMES
-from bvl.convert.hf_bert import bert_config, bert_facts, bert_table, bert_tower
-from bvl.convert.hf_clip_towers import VISION, clip_text, siglip_text, text_layers, text_table
+from bvl.convert.hf_bert import (
+    bert_config,
+    bert_facts,
+    bert_table,
+    bert_tower,
+    bert_wrong,
+    foreign_bert,
+)
+from bvl.convert.hf_clip_towers import (
+    VISION,
+    clip_text,
+    clip_text_wrong,
+    foreign_text,
+    siglip_text,
+    siglip_text_wrong,
+    text_layers,
+    text_table,
+)
 from bvl.convert.hf_common import (
     CLIP_MAX_SCALE,
     NO_MAX_SCALE,
     below,
+    how_to_load,
     integer,
     is_class,
     load_peer,
     max_scale,
+    modules_wrong,
+    processor_class,
+    reasons,
+    refuse,
     renamed,
     unit,
+    unlike,
+    write_processor,
 )
 from bvl.convert.hf_vision import image_tower
 from bvl.convert.hf_vision_towers import VisionTower, read_tower
+from bvl.convert.preprocess import to_hf
 from bvl.convert.table import Row, Table, linear, table
 from bvl.convert.tensors import Tensors
+from bvl.convert.tokenizers import write_hf_tokenizer
+from bvl.data.text import Tokenizer
 from bvl.errors import ConversionError
+from bvl.models.bert import BertConfig
+from bvl.models.text import TextConfig
+from bvl.models.vit import ViTConfig
 from bvl.models.vlm import DualEncoderConfig
 
 
@@ -62,6 +94,53 @@ class Dual(Family):
     def scale_and_bias(self, peer: Any) -> tuple[float, float] | None:
         return peer.logit_scale.exp().item(), 0.0
 
+    # What the class has of DualEncoderConfig, and by which classes it reads images and texts.
+    fixed: ClassVar[Mapping[str, tuple[Any, ...]]]
+    text_class: ClassVar[type]
+
+    def vision_for(self, image: ViTConfig) -> VisionTower:
+        """The kind of image tower that an image tower of ours is to be."""
+        return self.vision({})
+
+    def text_wrong(self, text: Any, tokenizer: Tokenizer) -> list[str]:
+        """Which options of a text tower of ours the class has not."""
+        raise NotImplementedError
+
+    def foreign_configs(self, config: Config, tokenizer: Tokenizer, vision: VisionTower) -> dict[str, Any]:
+        """The foreign config of a model of ours without wrong options."""
+        raise NotImplementedError
+
+    def foreign(self, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+        model, preprocess = config.model, config.data.preprocess
+        wrong = modules_wrong(model) + unlike("model", model, free=_FREE, fixed=self.fixed)
+        vision = None
+        if isinstance(model.image, ViTConfig):
+            vision = self.vision_for(model.image)
+            wrong += vision.wrong(model.image, preprocess.height_width)
+            processor = processor_class(preprocess, vision.processor)
+            wrong += reasons(lambda: to_hf(preprocess, processor))
+        else:
+            wrong.append(f"model.image of type {type(model.image).__name__}")
+        if isinstance(model.text, self.text_class):
+            wrong += self.text_wrong(model.text, tokenizer)
+        else:
+            wrong.append(f"model.text of type {type(model.text).__name__}")
+        refuse(self.name, wrong)
+        configs = self.foreign_configs(config, tokenizer, vision)
+        return {"architectures": [self.name], "model_type": self.model_type, **configs}
+
+    def write_files(
+        self, folder: Path, foreign: Mapping[str, Any], config: Config, tokenizer: Tokenizer
+    ) -> None:
+        write_hf_tokenizer(folder, tokenizer)
+        write_processor(folder, config.data.preprocess, self.vision_for(config.model.image).processor)
+
+    def how_to_load(self, folder_name: str) -> str:
+        then = "logits = model(**images, **texts).logits_per_image"
+        return how_to_load(
+            folder_name, self.name, tokenizer="AutoTokenizer", processor="AutoImageProcessor", then=then
+        )
+
 
 class Clip(Dual):
     """CLIPModel."""
@@ -69,8 +148,21 @@ class Clip(Dual):
     name = "CLIPModel"
     model_type = "clip"
 
+    fixed = {"image_projection": ("linear",), "text_projection": ("linear",)}
+    text_class = TextConfig
+
     def vision(self, foreign: Mapping[str, Any]) -> VisionTower:
         return VISION["clip_vision_model"]
+
+    def text_wrong(self, text: TextConfig, tokenizer: Tokenizer) -> list[str]:
+        return clip_text_wrong(text, tokenizer)
+
+    def foreign_configs(self, config: Config, tokenizer: Tokenizer, vision: VisionTower) -> dict[str, Any]:
+        model, rows = config.model, embedding_rows(config, tokenizer)
+        text = foreign_text(model.text, tokenizer, model_type="clip_text_model", rows=rows)
+        image = vision.foreign(model.image, config.data.preprocess.height_width)
+        width = {"projection_dim": model.embed_dim}
+        return {"text_config": text | width, "vision_config": image | width, **width}
 
     def describe(self, source: Source) -> Described:
         foreign, where = source.config, str(source.folder)
@@ -112,8 +204,31 @@ class Siglip(Dual):
     name = "SiglipModel"
     model_type = "siglip"
 
+    fixed = {"image_projection": ("none",), "text_projection": ("linear_bias",)}
+    text_class = TextConfig
+
     def vision(self, foreign: Mapping[str, Any]) -> VisionTower:
         return VISION["siglip_vision_model"]
+
+    def text_wrong(self, text: TextConfig, tokenizer: Tokenizer) -> list[str]:
+        return siglip_text_wrong(text)
+
+    def foreign(self, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+        # Its bias of the logits is any number but none at all.
+        none = ["model.init_bias=None (there a number)"] if config.model.init_bias is None else []
+        plain = dataclasses.replace(config, model=dataclasses.replace(config.model, init_bias=None))
+        try:
+            found = super().foreign(plain, tokenizer)
+        except ConversionError as error:
+            raise ConversionError(", ".join([str(error), *none])) from error
+        refuse(self.name, none)
+        return found
+
+    def foreign_configs(self, config: Config, tokenizer: Tokenizer, vision: VisionTower) -> dict[str, Any]:
+        model, rows = config.model, embedding_rows(config, tokenizer)
+        text = foreign_text(model.text, tokenizer, model_type="siglip_text_model", rows=rows)
+        image = vision.foreign(model.image, config.data.preprocess.height_width)
+        return {"text_config": text | {"projection_size": model.embed_dim}, "vision_config": image}
 
     def describe(self, source: Source) -> Described:
         foreign, where = source.config, str(source.folder)
@@ -178,6 +293,31 @@ class VisionText(Dual):
             )
         return VISION[kind]
 
+    fixed = {"image_projection": ("linear",), "text_projection": ("linear",)}
+    text_class = BertConfig
+
+    def vision_for(self, image: ViTConfig) -> VisionTower:
+        if image.pool == "pooler":
+            kind = "vit"
+        elif image.pool == "map":
+            kind = "siglip_vision_model"
+        elif image.pre_norm:
+            kind = "clip_vision_model"
+        else:
+            kind = "dinov2_with_registers" if image.registers else "dinov2"
+        return VISION[kind]
+
+    def text_wrong(self, text: BertConfig, tokenizer: Tokenizer) -> list[str]:
+        return bert_wrong(text, "pooler")
+
+    def foreign_configs(self, config: Config, tokenizer: Tokenizer, vision: VisionTower) -> dict[str, Any]:
+        model, rows = config.model, embedding_rows(config, tokenizer)
+        return {
+            "text_config": foreign_bert(model.text, rows=rows, pad_id=tokenizer.pad_id),
+            "vision_config": vision.foreign(model.image, config.data.preprocess.height_width),
+            "projection_dim": model.embed_dim,
+        }
+
     def describe(self, source: Source) -> Described:
         foreign, where = source.config, str(source.folder)
         given = part(foreign, "text")
@@ -220,6 +360,8 @@ class VisionText(Dual):
         return image, text
 
 
+# Options of ours that all classes can have, those that are looked at elsewhere, and those of training.
+_FREE = "image text decoder region_encoder region_decoder embed_dim init_temperature max_scale"
 CONTRASTIVE = {"contrastive": {"type": "bvl.tasks.contrastive.Contrastive"}}
 
 FAMILIES = (Clip(), Siglip(), VisionText())

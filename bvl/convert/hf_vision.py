@@ -6,12 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bvl.config import Config
 from bvl.convert.families import Described, Family, Layer, Source, Tower
 from bvl.convert.hf_clip_towers import VISION
-from bvl.convert.hf_common import is_class, load_peer, renamed, unit
+from bvl.convert.hf_common import (
+    alone_wrong,
+    how_to_load,
+    is_class,
+    load_peer,
+    processor_class,
+    reasons,
+    refuse,
+    renamed,
+    unit,
+    write_processor,
+)
 from bvl.convert.hf_vision_towers import VisionTower, read_tower
+from bvl.convert.preprocess import to_hf
 from bvl.convert.table import Table
 from bvl.convert.tensors import Tensors
+from bvl.data.text import Tokenizer
 from bvl.models.vit import ViTConfig
 from bvl.models.vlm import DualEncoderConfig
 
@@ -44,6 +58,29 @@ class ImageTower(Family):
 
     def load_peer(self, folder: Path, foreign: Mapping[str, Any]) -> Any:
         return load_peer(self.name, folder)
+
+    def foreign(self, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+        model, size = config.model, config.data.preprocess.height_width
+        if not isinstance(model.image, ViTConfig) or model.text is not None:
+            refuse(self.name, ["room for anything but one ViTConfig as model.image"])
+        wrong = self.tower.wrong(model.image, size) + alone_wrong(model, "image")
+        if model.image.pool == "pooler":
+            wrong.append("model.image.pool='pooler' as the embedding of a tower alone")
+        check = reasons(lambda: to_hf(config.data.preprocess, self._processor(config)))
+        refuse(self.name, wrong + check)
+        return {"architectures": [self.name]} | self.tower.foreign(model.image, size)
+
+    def _processor(self, config: Config) -> str:
+        return processor_class(config.data.preprocess, self.tower.processor)
+
+    def write_files(
+        self, folder: Path, foreign: Mapping[str, Any], config: Config, tokenizer: Tokenizer
+    ) -> None:
+        write_processor(folder, config.data.preprocess, self.tower.processor)
+
+    def how_to_load(self, folder_name: str) -> str:
+        then = "hidden = model(**images).last_hidden_state  # its first token is the embedding"
+        return how_to_load(folder_name, self.name, processor="AutoImageProcessor", then=then)
 
     def towers(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> tuple[Tower, ...]:
         size = self.tower.image_size(foreign, where=self.name)

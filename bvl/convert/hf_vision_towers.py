@@ -21,23 +21,33 @@ from bvl.convert.hf_common import (
     integer,
     number,
     read_preprocess,
+    refuse,
     side,
+    unlike,
 )
 from bvl.convert.table import Row, Table, Unread, linear, norm, packed, table
 from bvl.data.transforms import Preprocess
 from bvl.errors import ConversionError
+from bvl.models.grid import PositionResize
 from bvl.models.vit import VARIANTS, ViTConfig
 
 _NO_POOLER = (
     "the class token behind the final norm is the embedding; the pooler is read where a dual encoder uses it"
 )
 _HEAD = "the head of another task"
+# Options of ours that any class can have, that it is asked for in its own words, or that matter in training alone.
+_FREE = (
+    "variant width depth num_heads mlp_hidden activation norm_epsilon position_size position_resize whole_patches "
+    "dropout drop_path patch_dropout levels scan remat"
+)
+_FIXED: dict[str, tuple[Any, ...]] = {"class_token": (None, True)}
 
 
 class VisionTower:
     """One `model_type`. processor: the class of image processor where a folder names none.
 
-    any_size: whether the class resamples its positions without being asked.
+    any_size: whether the class resamples its positions without being asked. oblong: whether it takes images that are
+      not square in its own size.
     """
 
     model_type: ClassVar[str]
@@ -49,7 +59,14 @@ class VisionTower:
     block_names: ClassVar[Mapping[str, str]]
     layer: ClassVar[str]  # of a block in files
     live_layer: ClassVar[str]  # of a block as a module
+    live_patches: ClassVar[str]  # the map of patches as a module
     any_size: ClassVar[bool] = False
+    oblong: ClassVar[bool] = False
+    # What of ours the class has, where that is not one of ours' defaults; activations with a gate.
+    fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    gated: ClassVar[tuple[str, ...]] = ()
+    # How the class resamples positions.
+    position_resize: ClassVar[PositionResize] = "plain"
 
     def image_size(self, foreign: Config, *, where: str) -> HeightWidth:
         """(height, width) that the position embeddings are for."""
@@ -66,10 +83,6 @@ class VisionTower:
         """Which parameter is which tensor of a file."""
         raise NotImplementedError
 
-    def foreign(self, config: ViTConfig, image_size: HeightWidth) -> dict[str, Any]:
-        """The vision config of a tower of ours for images of this size; ConversionError says which options prevent it."""
-        raise NotImplementedError
-
     def layers(self, config: ViTConfig) -> tuple[Layer, ...]:
         """What the proof compares, beside the outputs."""
         blocks = range(config.sizes[1])
@@ -78,8 +91,6 @@ class VisionTower:
             *(Layer(f"stack/block_{i}", f"{self.live_layer}.{i}") for i in blocks),
         )
 
-    live_patches: ClassVar[str]
-
     def run(self, vision: Any, pixels: Any, config: ViTConfig) -> dict[str, Any]:
         """ "pooled" and "tokens" of the vision model, as ours gives them."""
         raise NotImplementedError
@@ -87,7 +98,8 @@ class VisionTower:
     def sizes(self, config: ViTConfig, image_size: HeightWidth) -> tuple[HeightWidth, ...]:
         """Further image sizes that the vision model reads: it resamples positions of square images alone."""
         p, (height, width) = config.patch_size, image_size
-        return ((height + p, max(width - p, p)),) if height == width else ()
+        reads = height == width and config.position_resize == self.position_resize
+        return ((height + p, max(width - p, p)),) if reads else ()
 
     def _config(
         self,
@@ -118,41 +130,38 @@ class VisionTower:
         return ViTConfig(
             variant=f"{named or 'B'}/{patch}",
             whole_patches=not any(s % patch for s in image),
-            position_resize="plain",
+            position_resize=self.position_resize,
             **given,
             **options,
         )
 
-    def _foreign(
-        self, config: ViTConfig, image_size: HeightWidth, fixed: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """What all vision configs have in common. fixed: option -> the value of ours that the class has."""
-        always = {
-            "stem": "patch",
-            "qk_norm": False,
-            "norm_after_pool": False,
-            "mask_channel": False,
-            "class_token": None,
-            "prefix_positions": "class",
-        }
-        wrong = [
-            f"model.image.{name}={getattr(config, name)!r} (there {value!r})"
-            for name, value in {**always, **fixed}.items()
-            if getattr(config, name) != value
-        ]
-        if wrong:
-            raise ConversionError(f"{self.class_name} has no {', '.join(wrong)}")
+    def wrong(self, config: ViTConfig, image_size: HeightWidth) -> list[str]:
+        """Which options of a tower of ours, for images of this size, the class has not."""
+        found = unlike("model.image", config, free=_FREE, fixed=_FIXED | dict(self.fixed))
+        if config.activation not in FOREIGN_ACTIVATIONS and config.activation not in self.gated:
+            found.append(f"model.image.activation={config.activation!r}")
+        if config.position_size not in (None, image_size) and not self.any_size:
+            found.append(f"model.image.position_size={config.position_size} beside images of {image_size}")
+        height, width = config.position_size or image_size
+        if height != width and not self.oblong:
+            found.append(f"positions for images of {(height, width)}, which are not square")
+        return found
+
+    def foreign(self, config: ViTConfig, image_size: HeightWidth) -> dict[str, Any]:
+        """The vision config of a tower of ours for images of this size; ConversionError says which options prevent it."""
+        refuse(self.class_name, self.wrong(config, image_size))
         width, depth, num_heads, hidden = config.sizes
+        height_width = config.position_size or image_size
         return {
             "model_type": self.model_type,
             "hidden_size": width,
             "num_hidden_layers": depth,
             "num_attention_heads": num_heads,
             "intermediate_size": hidden,
-            "image_size": image_size[0] if image_size[0] == image_size[1] else list(image_size),
+            "image_size": height_width[0] if len(set(height_width)) == 1 else list(height_width),
             "patch_size": config.patch_size,
             "num_channels": 3,
-            "hidden_act": FOREIGN_ACTIVATIONS.get(config.activation),
+            "hidden_act": FOREIGN_ACTIVATIONS.get(config.activation, "gelu"),
             "layer_norm_eps": config.norm_epsilon,
         }
 
@@ -161,6 +170,7 @@ class ViTTower(VisionTower):
     """ViTModel: a class token, biases everywhere, a pooler where the class has been given one."""
 
     model_type, class_name, processor = "vit", "ViTModel", "ViTImageProcessor"
+    oblong, fixed = True, {"pool": ("pooler", "cls"), "qkv_bias": (True, False)}
     layer, live_layer, live_patches = "encoder.layer", "layers", "embeddings.patch_embeddings.projection"
     renames = (
         (r"^vit\.", ""),
@@ -216,14 +226,10 @@ class ViTTower(VisionTower):
         )
 
     def foreign(self, config: ViTConfig, image_size: HeightWidth) -> dict[str, Any]:
-        if config.activation == "swiglu":
-            raise ConversionError("ViTModel has no model.image.activation='swiglu'")
-        pool = "pooler" if config.pool == "pooler" else "cls"
-        fixed = {"patch_bias": True, "pre_norm": False, "registers": 0, "layer_scale": None, "pool": pool}
-        return {
-            **self._foreign(config, image_size, fixed),
+        return super().foreign(config, image_size) | {
             "qkv_bias": config.qkv_bias,
             "hidden_dropout_prob": config.dropout,
+            "attention_probs_dropout_prob": 0.0,
             "pooler_output_size": config.sizes[0],
             "pooler_act": "tanh",
         }
@@ -249,7 +255,8 @@ class Dinov2Tower(VisionTower):
         "embeddings.patch_embeddings.projection",
     )
     patch: ClassVar[int] = 14
-    any_size = True
+    any_size, gated = True, ("swiglu",)
+    fixed = {"pool": ("cls",), "qkv_bias": (True, False)}
     renames = (
         (r"^dinov2(_with_registers)?\.", ""),
         (r"\.attention\.q_proj\.", ".attention.attention.query."),
@@ -273,24 +280,19 @@ class Dinov2Tower(VisionTower):
         del pooler  # The class token is what this class calls so.
         width = integer(foreign, "hidden_size", 768, where=where)
         swiglu = bool(foreign.get("use_swiglu_ffn", False))
-        return dataclasses.replace(
-            self._config(
-                foreign,
-                where=where,
-                patch=self.patch,
-                hidden=_mlp_hidden(width, number(foreign, "mlp_ratio", 4, where=where), swiglu),
-                pool="cls",
-                activation="swiglu" if swiglu else activation(foreign, "gelu", where=where),
-                norm_epsilon=number(foreign, "layer_norm_eps", 1e-6, where=where),
-                qkv_bias=bool(foreign.get("qkv_bias", True)),
-                layer_scale=float(number(foreign, "layerscale_value", 1.0, where=where)),
-                registers=self.registers(foreign, where=where),
-                dropout=number(foreign, "hidden_dropout_prob", 0.0, where=where),
-            ),
-            position_resize=self.position_resize,
+        return self._config(
+            foreign,
+            where=where,
+            patch=self.patch,
+            hidden=_mlp_hidden(width, number(foreign, "mlp_ratio", 4, where=where), swiglu),
+            pool="cls",
+            activation="swiglu" if swiglu else activation(foreign, "gelu", where=where),
+            norm_epsilon=number(foreign, "layer_norm_eps", 1e-6, where=where),
+            qkv_bias=bool(foreign.get("qkv_bias", True)),
+            layer_scale=float(number(foreign, "layerscale_value", 1.0, where=where)),
+            registers=self.registers(foreign, where=where),
+            dropout=number(foreign, "hidden_dropout_prob", 0.0, where=where),
         )
-
-    position_resize: ClassVar[Any] = "plain"
 
     def table(self, config: ViTConfig) -> Table:
         mlp = (
@@ -319,45 +321,27 @@ class Dinov2Tower(VisionTower):
             Unread(r"classifier\..*", _HEAD),
         )
 
-    def foreign(self, config: ViTConfig, image_size: HeightWidth) -> dict[str, Any]:
+    def wrong(self, config: ViTConfig, image_size: HeightWidth) -> list[str]:
+        found = super().wrong(dataclasses.replace(config, layer_scale=None), image_size)
         if config.layer_scale is None:
-            raise ConversionError(
-                f"{self.class_name} has no model.image.layer_scale=None (there it has a layer scale)"
-            )
-        if image_size[0] != image_size[1]:
-            raise ConversionError(
-                f"{self.class_name} has no positions for data.preprocess.image_size={image_size}, which is not square"
-            )
-        width, hidden, swiglu = config.sizes[0], config.sizes[3], config.activation == "swiglu"
-        ratio = next((r for r in range(1, 65) if _mlp_hidden(width, r, swiglu) == hidden), None)
-        if ratio is None:
-            raise ConversionError(
-                f"{self.class_name} has no model.image.mlp_hidden={hidden} beside the width {width}: it takes whole multiples"
-            )
-        fixed = {
-            "patch_bias": True,
-            "pre_norm": False,
-            "pool": "cls",
-            "position_resize": self.position_resize,
-            **self.fixed,
-        }
-        common = self._foreign(config, image_size, fixed)
+            found.append("model.image.layer_scale=None (there a number)")
+        if _mlp_ratio(config) is None:
+            width, hidden = config.sizes[0], config.sizes[3]
+            found.append(f"model.image.mlp_hidden={hidden}, no whole multiple of the width {width}")
+        return found
+
+    def foreign(self, config: ViTConfig, image_size: HeightWidth) -> dict[str, Any]:
+        common = super().foreign(config, image_size)
         del common["intermediate_size"]
-        return {
-            **common,
-            "hidden_act": common["hidden_act"] or "gelu",
-            "mlp_ratio": ratio,
-            "use_swiglu_ffn": swiglu,
+        return common | {
+            "mlp_ratio": _mlp_ratio(config),
+            "use_swiglu_ffn": config.activation == "swiglu",
             "qkv_bias": config.qkv_bias,
             "layerscale_value": config.layer_scale,
             "hidden_dropout_prob": config.dropout,
-            **self.extra(config),
+            "attention_probs_dropout_prob": 0.0,
+            **({"num_register_tokens": config.registers} if config.registers else {"use_mask_token": False}),
         }
-
-    fixed: ClassVar[Mapping[str, Any]] = {"registers": 0}
-
-    def extra(self, config: ViTConfig) -> dict[str, Any]:
-        return {"use_mask_token": False}
 
     def layers(self, config: ViTConfig) -> tuple[Layer, ...]:
         return (*super().layers(config), Layer("norm", "layernorm"))
@@ -371,15 +355,20 @@ class Dinov2RegistersTower(Dinov2Tower):
     """Dinov2WithRegistersModel: register tokens behind the class token, positions resampled with antialiasing."""
 
     model_type, class_name = "dinov2_with_registers", "Dinov2WithRegistersModel"
-    patch = 16
-    position_resize = "antialias"
-    fixed = {}
+    patch, position_resize = 16, "antialias"
 
     def registers(self, foreign: Config, *, where: str) -> int:
         return integer(foreign, "num_register_tokens", 4, where=where)
 
-    def extra(self, config: ViTConfig) -> dict[str, Any]:
-        return {"num_register_tokens": config.registers}
+    def wrong(self, config: ViTConfig, image_size: HeightWidth) -> list[str]:
+        found = super().wrong(dataclasses.replace(config, registers=0), image_size)
+        return found if config.registers else [*found, "model.image.registers=0 (there at least 1)"]
+
+
+def _mlp_ratio(config: ViTConfig) -> int | None:
+    """The ratio, a whole number, of which the class makes this width of the MLP."""
+    width, hidden, gated = config.sizes[0], config.sizes[3], config.activation == "swiglu"
+    return next((r for r in range(1, 65) if _mlp_hidden(width, r, gated) == hidden), None)
 
 
 def _mlp_hidden(width: int, ratio: float, swiglu: bool) -> int:
