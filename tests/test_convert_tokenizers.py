@@ -263,7 +263,7 @@ def test_ours_in_both_libraries(transformers, open_clip, tmp_path, kind, start):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(texts, padding="max_length", truncation=True).input_ids == ids_of(tokenizer, texts)
     assert theirs.pad_token_id == tokenizer.pad_id and theirs.model_max_length == CONTEXT
-    write_open_clip_config(tmp_path, entries)
+    write_open_clip_config(tmp_path, open_clip_entries(tokenizer))
     joined = [" ".join(text.split()) for text in texts]
     found = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(joined)
     assert found.tolist() == ids_of(tokenizer, joined)
