@@ -74,3 +74,59 @@ def test_embeddings_logits_and_layers_are_equal(folders, case):
     expected = {("image", "embed"), ("text", "embed"), ("decoder", "logits"), ("both", "logits")}
     assert names >= expected | {("decoder", "decoder/block_2"), ("text", "decoder/block_1")}
     assert (("image", "image/attentional_pool") in names) is (case != "no pooler")
+
+
+def test_captions_are_those_of_open_clip_and_guidance_is_refused(folders):
+    """Greedy by open_clip's own forward pass, token for token; guidance 1 needs no null, which CoCa has not."""
+    from bvl.decode.options import DecodeOptions
+    from bvl.runs import components_of
+    from bvl.tasks.captioning import write_captions
+
+    folder = folders("pooler")
+    imported = import_model(f"open_clip:{folder}")
+    components, tokenizer = components_of(imported), imported.tokenizer
+    images = np.random.default_rng(0).integers(0, 255, (2, 16, 16, 3)).astype(np.uint8)
+    options = DecodeOptions(max_length=6)
+    written = write_captions(components, images, options=options, batch_size=2)
+    preprocess = components.preprocess
+    pixels = (images / 255.0 - np.asarray(preprocess.mean)) / np.asarray(preprocess.std)
+    peer = imported.family.load_peer(folder, imported.source.config)
+    forbidden = [*({*tokenizer.special_ids, tokenizer.unknown_id} - {tokenizer.end_id})]
+    with torch.inference_mode():
+        _, visual = peer.visual(torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float())
+        tokens = torch.full((2, 1), tokenizer.start_id)
+        for _ in range(6):
+            logits = peer.text_decoder(visual, peer.text(tokens)[1])[:, -1]
+            logits[:, forbidden] = -torch.inf
+            tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    for row, (candidate,) in enumerate(written):
+        assert list(candidate.tokens) == tokens[row, 1 : 1 + len(candidate.tokens)].tolist()
+        assert len(candidate.tokens) == 6 or candidate.tokens[-1] == tokenizer.end_id
+    with pytest.raises(UserError, match="model.decoder.null=true"):
+        write_captions(components, images, options=options, guidance=2.0)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(vision={"attentional_pool": "parallel"}), "attentional_pool='parallel'"),
+        (dict(vision={"output_tokens": False}), "output_tokens=False"),
+        (dict(vision={"layers": [1, 1, 1, 1]}), r"layers=\[1, 1, 1, 1\]: ResNets"),
+        (dict(vision={"timm_model_name": "vit_tiny"}), "timm_model_name='vit_tiny'"),
+        (dict(vision={"attentional_pool": False}), "width 16 cannot read image tokens of width 24"),
+        (dict(text={"hf_model_name": "bert-base-uncased"}), "hf_model_name='bert-base-uncased'"),
+        (dict(text={"embed_cls": False}), "embed_cls=False"),
+        (dict(text={"ls_init_value": 0.1}), "ls_init_value=0.1"),
+        (dict(text={"act_kwargs": {"approximate": "tanh"}}), "act_kwargs"),
+        (dict(multimodal={"width": 24}), "multimodal_cfg.width=24 and text_cfg.width=16"),
+        (dict(multimodal={"ls_init_value": 0.1}), "multimodal_cfg: ls_init_value=0.1"),
+        (dict(multimodal={"context_length": 5}), "context_length=5 is shorter"),
+        (dict(new_option=3), "new_option=3"),
+    ],
+)
+def test_options_that_are_not_reproduced_are_named(tmp_path, options, words):
+    config = {"model_cfg": coca(**options), "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    source = open_source(f"open_clip:{tmp_path}")
+    with pytest.raises(ConversionError, match=words):
+        family_of(source).describe(source)

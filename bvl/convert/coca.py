@@ -114,7 +114,9 @@ class CoCa(Family):
                 text_projection=_text_projection(cfg["text_cfg"]),
                 **scale_options(cfg, source, self.tensors(source)),
             ),
-            preprocess=from_open_clip(source.config.get("preprocess_cfg"), native.image_size(cfg["vision_cfg"])),
+            preprocess=from_open_clip(
+                source.config.get("preprocess_cfg"), native.image_size(cfg["vision_cfg"])
+            ),
             text=_text_facts(cfg),
             tasks=TASKS,
         )
@@ -185,7 +187,9 @@ def _read_vision(cfg: Mapping[str, Any], *, where: str) -> ViTConfig:
     pooled = bool(vision.get("attentional_pool"))
     # With a pooler open_clip does not read final_ln_after_pool.
     if vision.get("final_ln_after_pool") and not pooled:
-        raise ConversionError(f"{where}: final_ln_after_pool=True: the decoder would read tokens without norm")
+        raise ConversionError(
+            f"{where}: final_ln_after_pool=True: the decoder would read tokens without norm"
+        )
     plain = {**vision, "attentional_pool": False, "output_tokens": False, "final_ln_after_pool": False}
     image = native.read_vision(plain, quick_gelu=bool(cfg.get("quick_gelu", False)), where=where)
     if not pooled:
