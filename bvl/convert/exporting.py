@@ -13,7 +13,7 @@ import numpy as np
 from bvl.config import Config
 from bvl.convert.families import Family, Library
 from bvl.convert.registry import families
-from bvl.convert.table import Converted, flat_params, split_layers, to_theirs
+from bvl.convert.table import Converted, flat_params, split_layers, to_theirs, unwritten_params
 from bvl.convert.tensors import save_safetensors
 from bvl.data.text import Tokenizer
 from bvl.errors import ConversionError
@@ -66,7 +66,7 @@ def export_model(
     table = family.table(config.model, foreign)
     flat = split_layers({name: np.asarray(x) for name, x in flat_params(params).items()})
     named = {row.ours for row in table.rows}
-    unwritten = {
+    unwritten = unwritten_params(table, flat) | {
         name: "used in training alone" for name in flat if name.startswith("heads/") and name not in named
     }
     flat = {name: x for name, x in flat.items() if name not in unwritten}

@@ -68,13 +68,25 @@ class Constant:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unwritten:
+    """Parameters of ours, by a regular expression of their whole name, that theirs has no tensor for; `why` is reported.
+
+    A model that is read back from there has them not, or anew.
+    """
+
+    pattern: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows, and what else may or must stand in the foreign file."""
+    """Rows, and what else may or must stand in the foreign file, or in our model."""
 
     rows: tuple[Row, ...] = ()
     aliases: tuple[Alias, ...] = ()
     unread: tuple[Unread, ...] = ()
     constants: tuple[Constant, ...] = ()
+    unwritten: tuple[Unwritten, ...] = ()
 
     def __add__(self, other: Table) -> Table:
         return Table(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
@@ -95,6 +107,7 @@ class Table:
             tuple(map(moved, self.aliases)),
             tuple(dataclasses.replace(u, pattern=re.escape(theirs) + u.pattern) for u in self.unread),
             tuple(map(moved, self.constants)),
+            tuple(dataclasses.replace(u, pattern=re.escape(ours) + u.pattern) for u in self.unwritten),
         )
 
     def repeat(self, depth: int) -> Table:
@@ -111,13 +124,17 @@ class Table:
             ),
             self.unread,
             tuple(numbered(entry, i) for i in range(depth) for entry in self.constants),
+            self.unwritten,
         )
 
 
-def table(*parts: Row | Alias | Unread | Constant | Iterable[Row] | Table) -> Table:
+def table(*parts: Row | Alias | Unread | Constant | Unwritten | Iterable[Row] | Table) -> Table:
     """A table of rows, of lists of rows (`linear` and `norm` give such) and of other tables."""
     whole = Table()
-    fields = {Row: "rows", Alias: "aliases", Unread: "unread", Constant: "constants"}
+    fields = {
+        **{Row: "rows", Alias: "aliases", Unread: "unread", Constant: "constants"},
+        Unwritten: "unwritten",
+    }
     for part in parts:
         if not isinstance(part, Table):
             entries = (part,) if type(part) in fields else tuple(part)
@@ -266,7 +283,7 @@ def to_theirs(
 ) -> tuple[dict[str, np.ndarray], list[Converted]]:
     """(foreign tensors by name, the report) from our parameters by name.
 
-    Raises ConversionError for a parameter that the table does not know.
+    Raises ConversionError for a parameter that the table does not know, nor leaves out.
     """
     shapes = {name: tuple(x.shape) for name, x in params.items()}
     parts: dict[str, list[tuple[Row, np.ndarray]]] = {}
@@ -276,7 +293,7 @@ def to_theirs(
                 f"{where}: the model has no parameter {row.ours} for the tensor {row.theirs}"
             )
         parts.setdefault(row.theirs, []).append((row, _export(row, np.asarray(params[row.ours]))))
-    left = sorted(shapes.keys() - {row.ours for row in table.rows})
+    left = sorted(shapes.keys() - {row.ours for row in table.rows} - unwritten_params(table, shapes).keys())
     if left:
         raise ConversionError(f"{where}: no tensor there for {', '.join(left[:8])}")
     tensors, report = {}, []
@@ -291,6 +308,17 @@ def to_theirs(
     for constant in table.constants:
         tensors[constant.theirs] = np.asarray(constant.value, constant.dtype)
     return tensors, report
+
+
+def unwritten_params(table: Table, names: Iterable[str]) -> dict[str, str]:
+    """Our parameter -> why it is not written, for those of `names` that the table leaves out."""
+    rows = {row.ours for row in table.rows}
+    return {
+        name: u.why
+        for name in sorted(set(names) - rows)
+        for u in table.unwritten
+        if re.fullmatch(u.pattern, name)
+    }
 
 
 def _converted(row: Row, ours: Shape, theirs: Shape) -> Converted:

@@ -42,7 +42,8 @@ class DualEncoderConfig:
       bias and a GELU between, as in BiomedCLIP's text tower) or "none" (SigLIP's image
       tower: the pooled vector itself).
     The logits are `scale * cosine + bias`: scale = exp(a learned number), never above `max_scale`
-    (CLIP: 0.07 and 100); `init_bias` is for the sigmoid loss (SigLIP: temperature 0.1, bias -10).
+    (CLIP: 0.07 and 100); `init_bias` is for the sigmoid loss (SigLIP: temperature 0.1, bias -10). init_temperature=None:
+    there are no logits and no scale, as in an imported captioner, which embeds no texts.
     """
 
     image: ViTConfig | ResNetConfig | HybridConfig | None = ViTConfig()
@@ -53,7 +54,7 @@ class DualEncoderConfig:
     embed_dim: int = 512
     image_projection: Projection = "linear"
     text_projection: Projection = "linear"
-    init_temperature: float = 0.07
+    init_temperature: float | None = 0.07
     max_scale: float = 100.0
     init_bias: float | None = None
 
@@ -95,7 +96,12 @@ class DualEncoderConfig:
                     f"{name}_projection='none' needs embed_dim={width}, the width of the {name} tower's pooled "
                     f"vector; it is {self.embed_dim}"
                 )
-        if self.init_temperature <= 0 or 1 / self.init_temperature > self.max_scale:
+        if self.init_temperature is None:
+            if self.image is not None and self.embeds_text:
+                raise ConfigError(
+                    "init_temperature=None: images and texts are compared with a scale; give a number"
+                )
+        elif self.init_temperature <= 0 or 1 / self.init_temperature > self.max_scale:
             raise ConfigError(
                 f"init_temperature={self.init_temperature}: it must be above 0, and the scale 1 / temperature "
                 f"at most max_scale={self.max_scale}"
@@ -104,7 +110,8 @@ class DualEncoderConfig:
     @property
     def is_alone(self) -> bool:
         """Whether there is an image tower alone, a text tower alone or a language model alone: no logits, so no scale."""
-        return self.image is None or (self.text is None and self.decoder is None)
+        alone = self.image is None or (self.text is None and self.decoder is None)
+        return alone or self.init_temperature is None
 
     @property
     def has_own_visual(self) -> bool:
