@@ -7,12 +7,15 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+from bvl.convert.card import model_card
 from bvl.convert.exporting import export_model
 from bvl.convert.importing import Imported, import_model
 from bvl.convert.inputs_parity import compare_inputs
 from bvl.convert.parity import TOLERANCE, Difference, Tolerance, prove
 from bvl.convert.peers import import_peer
 from bvl.convert.report import Report
+from bvl.convert.torch_format.compare import compare_torch
+from bvl.convert.torch_format.export import export_torch
 from bvl.errors import ConversionError
 from bvl.runs import Components, RunFolder, components_of, save_components, write_atomic
 
@@ -148,8 +151,6 @@ def export(
     if not (out / "tokenizer.json").is_file():
         tokenizer.save(out / "tokenizer.json")
     write_atomic(out / "parity.json", json.dumps(report.to_dict(), indent=2) + "\n")
-    from bvl.convert.card import model_card
-
     card = model_card(
         config,
         format=format,
@@ -166,8 +167,6 @@ def export(
 def _export_torch(
     components: Components, out: Path, *, model: Any, source: str, check: bool, tolerance: Tolerance
 ) -> Report:
-    from bvl.convert.torch_format import compare_torch, export_torch
-
     converted = export_torch(
         out,
         config=components.config,

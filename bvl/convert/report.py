@@ -13,7 +13,7 @@ from bvl.convert.parity import Difference, Tolerance
 from bvl.convert.table import Converted
 
 # Numbers of layers in names, which are folded where all layers are alike.
-_NUMBER = re.compile(r"(?<=[./])\d+(?=[./]|$)")
+_NUMBER = re.compile(r"(?<=[./])\d+(?=[./]|$)|(?<=block_)\d+")
 PACKAGES = ("bvl", "jax", "flax", "torch", "open_clip_torch", "transformers", "timm")
 
 

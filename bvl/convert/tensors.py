@@ -165,5 +165,9 @@ def _no_plain_weights(path: Path, error: Exception) -> ConversionError:
 def save_safetensors(path: Path, tensors: Mapping[str, np.ndarray], *, metadata: dict[str, str]) -> None:
     """Write tensors by name; the file is whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
+    # Opened here, since the library makes a file that nobody else may read.
+    temporary.touch()
+    mode = temporary.stat().st_mode
     safetensors.numpy.save_file(dict(tensors), temporary, metadata=metadata)
+    temporary.chmod(mode)
     temporary.replace(path)
