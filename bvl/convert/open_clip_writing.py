@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bvl.assembly import embedding_rows
 from bvl.config import Config
 from bvl.convert import open_clip_hf, open_clip_timm
-from bvl.convert.hf_bert import foreign_bert
+from bvl.convert.hf_bert import bert_wrong, foreign_bert
+from bvl.convert.hf_common import modules_wrong, refuse, unlike
 from bvl.convert.open_clip_towers import TEXT_POOLS, mlp_ratio
 from bvl.convert.preprocess import to_open_clip
 from bvl.convert.tokenizers import open_clip_entries, write_hf_tokenizer
@@ -26,21 +26,10 @@ from bvl.models.vit import ViTConfig
 from bvl.models.vlm import DualEncoderConfig
 
 # Options that any open_clip tower takes over, or that change nothing once a model is trained.
-_FREE = {
-    "variant", "width", "depth", "num_heads", "mlp_hidden", "activation", "norm_epsilon", "layer_scale", "qk_norm",
-    "dropout", "drop_path", "scan", "remat",
-}  # fmt: skip
-_FREE_VIT = {
-    *_FREE,
-    "pre_norm",
-    "patch_dropout",
-    "levels",
-    "whole_patches",
-    "position_resize",
-    "norm_after_pool",
-}
-_FREE_TEXT = {*_FREE, "causal", "token_std", "position_std"}
-_FREE_RESNET = {*_FREE, "stages", "pool_heads", "norm"}
+_FREE = "variant width depth num_heads mlp_hidden activation norm_epsilon layer_scale qk_norm dropout drop_path scan remat "
+_FREE_VIT = _FREE + "pre_norm patch_dropout levels whole_patches position_resize norm_after_pool"
+_FREE_TEXT = _FREE + "causal token_std position_std"
+_FREE_RESNET = _FREE + "stages pool_heads norm"
 # Values of other options that open_clip's own towers have; the rest must be at its default.
 _VIT = {"pool": ("cls", "mean"), "patch_bias": (False,), "class_token": (None, True)}
 _RESNET = {"pool": (None, "attention")}
@@ -58,14 +47,8 @@ def foreign(config: Config, tokenizer: Tokenizer, *, custom: bool) -> dict[str, 
     Raises ConversionError naming the options that prevent it.
     """
     model = config.model
-    absent = [f"model.{name}=None" for name in ("image", "text") if getattr(model, name) is None]
-    absent += [
-        f"model.{name} is set"
-        for name in ("decoder", "region_encoder", "region_decoder")
-        if getattr(model, name) is not None
-    ]
-    if absent:
-        raise ConversionError(f"{', '.join(absent)}: it holds an image and a text tower and nothing else")
+    wrong = [f"model.{name}=None" for name in ("image", "text") if getattr(model, name) is None]
+    refuse("a dual encoder there", wrong + modules_wrong(model))
     preprocess = to_open_clip(config.data.preprocess)
     size = config.data.preprocess.height_width
     vision = write_vision(model, size, timm=custom)
@@ -113,7 +96,7 @@ def write_vision(model: DualEncoderConfig, size: tuple[int, int], *, timm: bool)
         return _write_resnet(model, size)
     if not isinstance(model.image, ViTConfig):
         raise ConversionError(f"model.image: {type(model.image).__name__} has no counterpart there")
-    own = _misfits(model.image, _FREE_VIT, _VIT, "model.image")
+    own = unlike("model.image", model.image, free=_FREE_VIT, fixed=_VIT)
     if model.image.pool == "mean" and not model.image.has_class_token:
         own.append("model.image.pool='mean' without class_token")
     if model.image_projection != "linear":
@@ -145,7 +128,7 @@ def _write_vit(image: ViTConfig, size: tuple[int, int]) -> dict[str, Any]:
 
 def _write_resnet(model: DualEncoderConfig, size: tuple[int, int]) -> dict[str, Any]:
     image = model.image
-    wrong = _misfits(image, _FREE_RESNET, _RESNET, "model.image")
+    wrong = unlike("model.image", image, free=_FREE_RESNET, fixed=_RESNET)
     if not RESNETS[image.variant].clip:
         wrong.append(f"model.image.variant={image.variant!r}")
     if model.image_projection != "linear_bias":
@@ -153,8 +136,7 @@ def _write_resnet(model: DualEncoderConfig, size: tuple[int, int]) -> dict[str, 
     if size[0] != size[1]:
         wrong.append(f"data.preprocess.image_size={size}")
     width, stages = image.sizes
-    if wrong:
-        raise ConversionError(f"open_clip's ModifiedResNet has no {', '.join(wrong)}")
+    refuse("open_clip's ModifiedResNet", wrong)
     return {
         "image_size": size[0],
         "layers": list(stages),
@@ -191,13 +173,12 @@ def _trunk(model: DualEncoderConfig, size: tuple[int, int], reason: str) -> dict
 def write_text(model: DualEncoderConfig, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """text_cfg of a text tower of our own and its projection; raises ConversionError naming what prevents it."""
     text = model.text
-    wrong = _misfits(text, _FREE_TEXT, _TEXT, "model.text")
+    wrong = unlike("model.text", text, free=_FREE_TEXT, fixed=_TEXT)
     if not text.causal and not text.attend_padding:
         wrong.append("model.text.attend_padding=False (texts hide no padding there)")
     if model.text_projection == "mlp":
         wrong.append("model.text_projection='mlp'")
-    if wrong:
-        raise ConversionError(f"open_clip's own text tower has no {', '.join(wrong)}")
+    refuse("open_clip's own text tower", wrong)
     pools = {ours: theirs for theirs, ours in TEXT_POOLS.items()}
     cfg = {
         "vocab_size": embedding_rows(config, tokenizer),
@@ -222,18 +203,14 @@ def _write_bert(model: DualEncoderConfig, config: Config, tokenizer: Tokenizer) 
     """text_cfg of a BERT; `hf_model_name` is left to `placed`."""
     poolers = {ours: theirs for theirs, ours in open_clip_hf.POOLS.items() if theirs is not None}
     projections = {ours: theirs for theirs, ours in open_clip_hf.PROJECTIONS.items()}
-    wrong = []
-    if model.text.pool not in poolers:
-        wrong.append(f"model.text.pool={model.text.pool!r}")
+    wrong = bert_wrong(model.text, *poolers)
     if model.text_projection not in projections:
         wrong.append(f"model.text_projection={model.text_projection!r}")
-    if wrong:
-        raise ConversionError(f"open_clip's BERT tower has no {', '.join(wrong)}")
+    refuse("open_clip's BERT tower", wrong)
     if tokenizer.pad_id in (tokenizer.start_id, tokenizer.end_id):
         raise ConversionError(
             "data.tokenizer.pad is the token that ends or begins texts too, which open_clip would hide as padding"
         )
-    bert_config(config, tokenizer)
     return {
         "hf_model_name": "",
         "hf_model_pretrained": False,
@@ -245,12 +222,11 @@ def _write_bert(model: DualEncoderConfig, config: Config, tokenizer: Tokenizer) 
 
 
 def bert_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json of a BERT text tower; raises ConversionError naming the options that prevent it."""
+    """config.json of a BERT text tower."""
+    rows = embedding_rows(config, tokenizer)
     return {
         "architectures": ["BertModel"],
-        **foreign_bert(
-            config.model.text, vocab_size=embedding_rows(config, tokenizer), pad_id=tokenizer.pad_id
-        ),
+        **foreign_bert(config.model.text, rows=rows, pad_id=tokenizer.pad_id),
     }
 
 
@@ -295,18 +271,6 @@ def how_to_load(folder_name: str) -> str:
         f'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder_name}")\n'
         f'tokenizer = open_clip.get_tokenizer("local-dir:{folder_name}")'
     )
-
-
-def _misfits(
-    config: Any, free: Collection[str], known: Mapping[str, tuple[Any, ...]], where: str
-) -> list[str]:
-    """Options that are neither free nor at a known value."""
-    out = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in free and value not in known.get(field.name, (field.default,)):
-            out.append(f"{where}.{field.name}={value!r}")
-    return out
 
 
 def _block_options(tower: ViTConfig | TextConfig) -> dict[str, Any]:
