@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent / "source"
 ORDER = (
     *("errors", "images", "text", "sentences", "controls", "features", "layers", "vit", "resnet", "hybrid"),
     *("text_towers", "decoder", "constraints", "search", "region_encoder", "region_decoder", "network"),
-    *("prompts", "writing", "locating", "model"),
+    *("prompts", "embedding", "locating", "writing", "model"),
 )
 RULE = "# " + "-" * 78
 INTRODUCTION = '''"""A vision-language model in plain PyTorch, exported from bvl.

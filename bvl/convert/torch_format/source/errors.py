@@ -1,4 +1,8 @@
-"""What a user can mend."""
+"""What a user can mend, or should know."""
+
+import logging
+
+logger = logging.getLogger("bvl_model")
 
 
 class UserError(ValueError):

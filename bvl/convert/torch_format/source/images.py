@@ -202,8 +202,14 @@ class Preprocess:
         picture = self._resized(picture, resized)
         if resized != (width, height):
             picture = picture.crop((left, top, left + width, top + height))
-        scale = (resized[0] / width, resized[1] / height)
-        return picture, (0.0, 0.0, 1.0, 1.0), AxisMap(scale, (-left / width, -top / height))
+        x0, y0, x1, y1 = (
+            left / resized[0],
+            top / resized[1],
+            (left + width) / resized[0],
+            (top + height) / resized[1],
+        )
+        scale, offset = (1.0 / (x1 - x0), 1.0 / (y1 - y0)), (-x0 / (x1 - x0), -y0 / (y1 - y0))
+        return picture, (0.0, 0.0, 1.0, 1.0), AxisMap(scale, offset)
 
     def _resized(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         if picture.size == size:
@@ -241,4 +247,5 @@ class Preprocess:
             canvas.paste(picture, (left, top))
             picture = canvas
         window = (left / width, top / height, (left + new_width) / width, (top + new_height) / height)
-        return picture, window, AxisMap((new_width / width, new_height / height), window[:2])
+        scale = (window[2] - window[0], window[3] - window[1])
+        return picture, window, AxisMap(scale, window[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ ACTIVATIONS = {
 }
 # Activations of an MLP with a gate -> that of the gate (Shazeer 2020, arXiv:2002.05202).
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)) of an array."""
+    return torch.from_numpy(np.ascontiguousarray(x)).sigmoid().numpy()
 
 
 def l2_normalize(x: Tensor) -> Tensor:

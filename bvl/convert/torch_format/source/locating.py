@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bvl.convert.torch_format.source.errors import UserError
+from bvl.convert.torch_format.source.errors import UserError, logger
 from bvl.convert.torch_format.source.images import Shown
+from bvl.convert.torch_format.source.layers import sigmoid
 from bvl.convert.torch_format.source.text import encode_phrases, read_mark
 
 if TYPE_CHECKING:
     from bvl.convert.torch_format.source.model import Model
-
-logger = logging.getLogger("bvl_model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +56,6 @@ class LocatedImage:
     presence: np.ndarray
     mask_logits: np.ndarray
     shown: Shown
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(np.ascontiguousarray(x)).sigmoid().numpy()
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -43,11 +43,11 @@ def region_lists(count: int, **given: Any) -> list[list[dict[str, Any]]]:
                     f'images[{i}], region {k}: give {{"box": [x0, y0, x1, y1]}}, {{"point": [x, y]}} or '
                     '{"mask": array}'
                 )
-            kind, value = next(iter(region.items()))
-            where = f"images[{i}], {kind} {k}"
-            if kind != "mask":
-                region = {kind: checked_box(value, where) if kind == "box" else checked_point(value, where)}
-                some[k] = region
+            # Before anything is encoded; masks need the image's size first.
+            check = {"box": checked_box, "point": checked_point}
+            ((kind, value),) = region.items()
+            if kind in check:
+                check[kind](value, f"images[{i}], {kind} {k}")
     if not any(out):
         raise UserError("no regions to describe: give at least one box, point or mask")
     return out
@@ -59,10 +59,10 @@ def region_prompt(
     """The prompt of one region [1, ...] of an image, with masks on a grid of (rows, columns)."""
     ((kind, value),) = region.items()
     if kind == "box":
-        box = seen_box(value, shown, where)
+        box = seen_box(checked_box(value, where), shown, where)
         point, mask, number = (box[:2] + box[2:]) / 2, box_cells(box, grid), BOX
     elif kind == "point":
-        point = seen_point(value, shown, where)
+        point = seen_point(checked_point(value, where), shown, where)
         box, mask, number = np.concatenate([point, point]), point_cell(point, grid), POINT
     else:
         seen = seen_mask(checked_mask(value, shown.original_size, where), shown, where)
