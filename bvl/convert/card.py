@@ -179,6 +179,8 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
         if not isinstance(value, int | float) or name.endswith("/chance"):
             continue
         interval, chance = evaluation.get(f"{name}/ci95"), evaluation.get(f"{name}/chance")
+        if interval is None and not name.endswith("/num_images"):  # other counts, and the parts of means
+            continue
         rows.append(
             (
                 name,
