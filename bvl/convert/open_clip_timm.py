@@ -54,12 +54,36 @@ _GAP_SIZES = _SIGLIP_SIZES + "; so400m 14 448 896"
 _TANH = re.compile(
     r"vit_(base_patch32_siglip_(gap_)?256|large_patch16_siglip_(gap_)?512|(so400m|giantopt)_patch16_siglip_.*)"
 )
+_DINO: dict[str, Any] = {"pool": "cls", "norm_epsilon": 1e-6, "layer_scale": 1e-5}
+_REGISTERS: dict[str, Any] = {"registers": 4, "prefix_positions": "none"}
+_TEST: dict[str, Any] = {"norm_epsilon": 1e-6, "registers": 1, "prefix_positions": "all", "layer_scale": 1e-5}
+# Names that follow no rule -> sizes, patch size, image size, options. The small ones are those that timm tests itself with.
+_OTHERS: dict[str, tuple[tuple[int, int, int, int], int, int, dict[str, Any]]] = {
+    "test_vit": ((64, 6, 2, 192), 16, 160, {"pool": "cls", "norm_epsilon": 1e-6}),
+    "test_vit2": ((64, 8, 2, 192), 16, 160, _TEST | {"pool": "mean", "norm_after_pool": True}),
+    "test_vit3": ((96, 9, 3, 192), 16, 160, _TEST | {"pool": "map", "pool_prefix": True}),
+    **{f"vit_{word}_patch14_dinov2": (_SIZES[word], 14, 518, _DINO) for word in ("small", "base", "large")},
+    **{
+        f"vit_{word}_patch14_reg4_dinov2": (_SIZES[word], 14, 518, _DINO | _REGISTERS)
+        for word in ("small", "base", "large")
+    },
+}
+_DYNAMIC = ("test_vit", "test_vit2")
 # timm's global_pool -> ours.
 _POOLS = {"token": "cls", "avg": "mean", "map": "map"}
 _GELUS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 
-def _names() -> dict[str, tuple[ViTConfig, Size]]:
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """A network and its image size as timm makes it without further options; dynamic: it reads other sizes too."""
+
+    config: ViTConfig
+    size: Size
+    dynamic: bool = False
+
+
+def _trunks() -> dict[str, Trunk]:
     out = {}
     listed = zip(_KINDS, (_PLAIN_SIZES, _CLIP_SIZES, _QUICK_SIZES, _SIGLIP_SIZES, _GAP_SIZES), strict=True)
     for kind, sizes in listed:
@@ -70,12 +94,14 @@ def _names() -> dict[str, tuple[ViTConfig, Size]]:
                 options = _KINDS[kind] | ({"activation": "gelu_tanh"} if _TANH.fullmatch(name) else {})
                 whole = int(side) % int(patch) == 0
                 config = ViTConfig(**vit_sizes(*_SIZES[word], int(patch)), whole_patches=whole, **options)
-                out[name] = config, (int(side), int(side))
+                out[name] = Trunk(config, (int(side), int(side)))
+    for name, (sizes, patch, side, options) in _OTHERS.items():
+        config = ViTConfig(**vit_sizes(*sizes, patch), **options)
+        out[name] = Trunk(config, (side, side), name in _DYNAMIC)
     return out
 
 
-# Name -> the network and its image size, as timm makes it without further options.
-TRUNKS = _names()
+TRUNKS = _trunks()
 
 
 def read_vision(vision: Mapping[str, Any], *, where: str) -> tuple[ViTConfig, str, Size]:
@@ -95,10 +121,9 @@ def read_vision(vision: Mapping[str, Any], *, where: str) -> tuple[ViTConfig, st
     )  # fmt: skip
     name = str(vision["timm_model_name"]).partition(".")[0]
     pool, headed = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear") == "linear"
-    listed = _listed(name, pool, headed=headed)
-    config, size, dynamic = (*listed, False) if listed else _built(name, vision, where=where)
-    wanted = image_size(vision)
-    if wanted != size and dynamic:
+    trunk = _listed(name, pool, headed=headed) or _built(name, vision, where=where)
+    config, size, wanted = trunk.config, trunk.size, image_size(vision)
+    if wanted != size and trunk.dynamic:
         config, size = dataclasses.replace(config, position_size=size), wanted
     if wanted != size:
         raise ConversionError(
@@ -117,21 +142,23 @@ def read_vision(vision: Mapping[str, Any], *, where: str) -> tuple[ViTConfig, st
     return config, projection, size
 
 
-def _listed(name: str, pool: str, *, headed: bool) -> tuple[ViTConfig, Size] | None:
+def _listed(name: str, pool: str, *, headed: bool) -> Trunk | None:
     """A trunk by its name alone; None where timm itself must say."""
     if name not in TRUNKS:
         return None
-    config, size = TRUNKS[name]
-    if _POOLS.get(pool) == config.pool or (headed and not pool):
-        return config, size
-    if headed and pool == "avg" and config.pool == "cls":
+    trunk = TRUNKS[name]
+    if _POOLS.get(pool) == trunk.config.pool or (headed and not pool):
+        return trunk
+    if headed and pool == "avg" and trunk.config.pool == "cls":
         # The pooling is changed after the trunk is made: its norm stays in front of it, and its class token too.
-        return dataclasses.replace(config, pool="mean", class_token=True), size
+        return dataclasses.replace(
+            trunk, config=dataclasses.replace(trunk.config, pool="mean", class_token=True)
+        )
     return None
 
 
-def _built(name: str, vision: Mapping[str, Any], *, where: str) -> tuple[ViTConfig, Size, bool]:
-    """A trunk as timm makes it, without memory for its tensors, and whether it takes other image sizes."""
+def _built(name: str, vision: Mapping[str, Any], *, where: str) -> Trunk:
+    """A trunk as timm makes it, without memory for its tensors."""
     timm = import_peer("timm", what=f"{where}: timm_model_name={name!r} is not listed in bvl, so reading it")
     torch = import_peer("torch", what="timm")
     pool, proj = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
@@ -144,11 +171,10 @@ def _built(name: str, vision: Mapping[str, Any], *, where: str) -> tuple[ViTConf
                 trunk = timm.create_model(name, num_classes=0, global_pool=pool)
     except Exception as error:  # an unknown name, or options that this model does not take
         raise ConversionError(f"{where}: timm_model_name={name!r} cannot be made: {error}") from error
-    where = f"{where}: timm_model_name={name!r}"
-    return *_config_of(trunk, where=where), bool(getattr(trunk, "dynamic_img_size", False))
+    return _read_trunk(trunk, where=f"{where}: timm_model_name={name!r}")
 
 
-def _config_of(trunk: Any, *, where: str) -> tuple[ViTConfig, Size]:
+def _read_trunk(trunk: Any, *, where: str) -> Trunk:
     """Our config of a timm VisionTransformer; raises ConversionError naming what bvl's has not."""
 
     def require(what: str, found: Any, known: tuple[Any, ...]) -> None:
@@ -204,7 +230,7 @@ def _config_of(trunk: Any, *, where: str) -> tuple[ViTConfig, Size]:
         norm_epsilon=epsilons.pop(),
         whole_patches=not any(side % patch[0] for side in size),
     )
-    return config, (int(size[0]), int(size[1]))
+    return Trunk(config, (int(size[0]), int(size[1])), bool(trunk.dynamic_img_size))
 
 
 def vision_table(model: DualEncoderConfig, vision: Mapping[str, Any]) -> Table:
@@ -283,14 +309,14 @@ def trunk_for(config: ViTConfig, size: Size, *, headed: bool) -> tuple[str, str]
             listed = _listed(name, pool, headed=headed)
             if listed is None:
                 continue
-            theirs = _network(listed[0])
+            theirs = _network(listed.config)
             differing = [
                 f"model.image.{key} is {wanted[key]!r} and not {theirs[key]!r}"
                 for key in wanted
                 if wanted[key] != theirs[key]
             ]
-            if listed[1] != size:
-                differing.append(f"data.preprocess.image_size is {size} and not {listed[1]}")
+            if listed.size != (config.position_size or size) or (listed.size != size and not listed.dynamic):
+                differing.append(f"data.preprocess.image_size is {size} and not {listed.size}")
             if not differing:
                 return name, pool
             if nearest is None or len(differing) < len(nearest) - 1:
@@ -301,16 +327,9 @@ def trunk_for(config: ViTConfig, size: Size, *, headed: bool) -> tuple[str, str]
 def _network(config: ViTConfig) -> dict[str, Any]:
     """What a trained network computes: sizes by number, options that only training reads left out."""
     out = dataclasses.asdict(config)
-    for key in (
-        "variant",
-        "patch_dropout",
-        "dropout",
-        "drop_path",
-        "levels",
-        "scan",
-        "remat",
-        "position_resize",
-    ):
+    for (
+        key
+    ) in "variant position_size position_resize patch_dropout dropout drop_path levels scan remat".split():
         del out[key]
     out |= dict(zip(("width", "depth", "num_heads", "mlp_hidden"), config.sizes, strict=True))
     return out | {
