@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,59 @@ def test_a_real_bert(transformers, tmp_path):
     assert ids_of(read_tokenizer(tmp_path, facts("bert"), context_length=CONTEXT)[0]) == ids_of(tokenizer)
 
 
+def field(number, value):
+    """One field of a protocol buffer: a number below 128, a float or bytes."""
+    if isinstance(value, float):
+        return bytes([number * 8 + 5]) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return bytes([number * 8, value])
+    return bytes([number * 8 + 2, len(value)]) + value
+
+
+def sentencepiece_file(model_type=1):
+    """A SentencePiece model: pieces with their scores and kinds, and what made it."""
+    pieces = [
+        ("<pad>", 0.0, 3),
+        ("</s>", 0.0, 3),
+        ("<unk>", 0.0, 2),
+        ("\u2581lung", -1.0, 1),
+        ("\u2581", -3.0, 1),
+    ]
+    pieces += [(letter, -4.0, 1) for letter in "lungsct"]
+    out = b""
+    for piece, score, kind in pieces:
+        out += field(1, field(1, piece.encode()) + field(2, score) + field(3, kind))
+    return out + field(2, field(3, model_type)) + field(3, field(1, b"identity"))
+
+
+def test_a_sentencepiece_file_by_hand(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(sentencepiece_file())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer"}))
+    known = facts("siglip", start_id=-1)
+    tokenizer, config = read_tokenizer(tmp_path, known, context_length=8)
+    # Lower case without punctuation; what pads is the end.
+    shown = [tokenizer.token(int(i)) for i in tokenizer.encode("Lungs,  CT!")[0]]
+    assert shown == ["\u2581lung", "s", "\u2581", "c", "t", "</s>", "</s>", "</s>"]
+    assert (config.start, config.end, config.pad) == ("", "</s>", "</s>")
+    assert tokenizer.decode(tokenizer.encode("lungs ct")[0]) == "lungs ct"
+    assert tokenizer.token(tokenizer.ids("x")[-1]) == "<unk>"
+
+
+def test_a_sentencepiece_file_that_was_trained(transformers, tmp_path):
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(text for text in TEXTS * 3 if text and "\n" not in text), encoding="utf-8")
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    options = {"vocab_size": 150, "hard_vocab_limit": False, "minloglevel": 3, **ids}
+    trainer.train(input=str(corpus), model_prefix=str(tmp_path / "spiece"), **options)
+    config = {"tokenizer_class": "SiglipTokenizer", "model_max_length": CONTEXT}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.SiglipTokenizer.from_pretrained(tmp_path)
+    tokenizer, _ = read_tokenizer(tmp_path, facts("siglip", start_id=-1), context_length=CONTEXT)
+    texts = [*TEXTS, *REPAIRED]
+    assert ids_of(tokenizer, texts) == hf_ids(theirs, texts)
+
+
 def write_open_clip_config(folder, text_cfg):
     config = {"model_cfg": {"embed_dim": 8, "text_cfg": dict(text_cfg)}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -312,9 +366,13 @@ def test_missing_and_damaged_files(tmp_path, monkeypatch):
 
     with pytest.raises(ConversionError, match=r"no tokenizer; looked for tokenizer\.json, vocab\.txt"):
         read()
-    (tmp_path / "spiece.model").write_bytes(b"\x0a")
+    (tmp_path / "spiece.model").write_bytes(sentencepiece_file(model_type=2))
     with pytest.raises(ConversionError, match=r"spiece\.model.*from_pretrained\(d\)\.save_pretrained"):
         read()
+    for damaged in (b"", b"\x0a", b"\x0a\x05ab", sentencepiece_file()[:-3], b"\xff" * 9):
+        (tmp_path / "spiece.model").write_bytes(damaged)
+        with pytest.raises(ConversionError, match=r"spiece\.model is damaged"):
+            read()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConversionError, match=r"put bpe_simple_vocab_16e6\.txt\.gz .*into this folder"):
         read(context_length=CONTEXT)

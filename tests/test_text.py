@@ -158,6 +158,14 @@ def test_no_start_token(clip_like):
     assert tokenizer.hash == tokenizer.with_context(9).hash
 
 
+def test_one_token_may_begin_and_end_a_text(clip_like):
+    tokenizer = Tokenizer(clip_like, 6, start="<eot>", end="<eot>", pad="!")
+    assert tokenizer.encode("lung clear")[0].tolist() == [4, 1, 2, 4, 0, 0]
+    assert tokenizer.decode(tokenizer.encode("lung clear")[0]) == "lung clear"
+    # Written texts have no start; an empty one is padding behind its end.
+    assert tokenizer.decode([1, 4, 2]) == "lung" and tokenizer.decode([4, 0, 0]) == ""
+
+
 def test_usual_names_given_as_options_change_no_hash(tokenizer):
     given = Tokenizer(tokenizer._model, 16, start=START, end="[END]", pad=PAD)
     assert given.hash == tokenizer.hash

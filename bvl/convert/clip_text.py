@@ -22,6 +22,9 @@ BPE_TOKENS = 49408
 # Contractions, runs of letters, single digits, runs of the rest: how CLIP splits a text (Radford et al. 2021).
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
+# Of what Python calls white space, the separators \x1c to \x1f are none to the regular expressions here.
+_SPACES = (normalizers.Replace(Regex(r"[\s\x1c-\x1f]+"), " "), normalizers.Strip())
+
 
 def cleaning(clean: Clean) -> list[normalizers.Normalizer]:
     """What open_clip's `clean` does to a text: entities, quotes, ligatures, white space, and lower case by option."""
@@ -35,13 +38,15 @@ def cleaning(clean: Clean) -> list[normalizers.Normalizer]:
         normalizers.NFC(),
     ]
     if clean == "canonicalize":
-        replaced += [
-            normalizers.Replace("_", " "),
-            normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
-        ]
-    if clean != "whitespace":
-        replaced.append(normalizers.Lowercase())
-    return [*replaced, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        return [*replaced, normalizers.Replace("_", " "), *canonical(lowercase=True)]
+    lower = [normalizers.Lowercase()] if clean == "lower" else []
+    return [*replaced, *lower, *_SPACES]
+
+
+def canonical(lowercase: bool) -> list[normalizers.Normalizer]:
+    """SigLIP's cleaning: no ASCII punctuation, single spaces, lower case by option (Zhai et al. 2023)."""
+    lower = [normalizers.Lowercase()] if lowercase else []
+    return [*lower, normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""), *_SPACES]
 
 
 def find_bpe_file(folder: Path) -> Path | None:

@@ -20,6 +20,7 @@ from bvl.convert.clip_text import (
     BPE_FILE,
     BPE_TOKENS,
     Clean,
+    canonical,
     cleaning,
     decode_word_ends,
     find_bpe_file,
@@ -27,6 +28,7 @@ from bvl.convert.clip_text import (
     split_as_clip,
 )
 from bvl.convert.families import TextFacts
+from bvl.convert.sentencepiece import read_sentencepiece
 from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.errors import ConfigError, ConversionError, DataError
 
@@ -158,6 +160,9 @@ def _read_hf(folder: Path, facts: TextFacts) -> tuple[tokenizers.Tokenizer, dict
     """(model, special tokens by role, file) of a transformers folder."""
     config = _read_config(folder)
     model, where = _read_model(folder, facts.kind, config)
+    if config.get("tokenizer_class") == "SiglipTokenizer":
+        # This class cleans a text by itself, whatever its files say.
+        model.normalizer = _sequence([*canonical(config.get("do_lower_case", True)), model.normalizer])
     model.no_padding()
     model.no_truncation()
     decode_word_ends(model)
@@ -222,6 +227,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             if not isinstance(content, dict):
                 raise ConversionError(f"{path} holds no JSON object")
             config |= {key: value for key, value in content.items() if value is not None}
+    if config.get("tokenizer_class") == "SiglipTokenizer":
+        config = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"} | config
     for key in _NAMES:
         if isinstance(config.get(key), Mapping):
             config[key] = config[key].get("content")
@@ -254,6 +261,9 @@ def _read_model(folder: Path, kind: str, config: Mapping[str, Any]) -> tuple[tok
         return _bpe_from_files(vocab, merges, kind, config), str(vocab)
     sentencepiece = next((name for name in _SENTENCEPIECE if (folder / name).is_file()), None)
     if sentencepiece is not None:
+        model = read_sentencepiece(folder / sentencepiece)
+        if model is not None:
+            return model, str(folder / sentencepiece)
         raise ConversionError(
             f"{folder} holds its tokenizer as {sentencepiece}, which is not read here; write a tokenizer.json beside "
             f"it: python -c \"from transformers import AutoTokenizer as T; d = '{folder}'; "
