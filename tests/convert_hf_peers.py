@@ -3,11 +3,14 @@
 import json
 
 import numpy as np
-from random_peers import randomise, write_tokenizer
+from random_peers import randomise, worst, write_tokenizer
+
+from bvl.convert.importing import import_model
+from bvl.convert.parity import prove
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-CLIP_SPECIAL = ("<|pad|>", "<|unk|>", "<|startoftext|>", "<|endoftext|>")
-SIGLIP_SPECIAL = ("<pad>", "</s>", "<unk>")
+CLIP_SPECIAL = ("<|pad|>", "[UNK]", "<|startoftext|>", "<|endoftext|>")
+SIGLIP_SPECIAL = ("<pad>", "</s>", "[UNK]")
 
 VISION = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=24, patch_size=8)  # fmt: skip
 DINO = dict(
@@ -39,6 +42,21 @@ def edit_weights(folder, change):
     tensors = {name: np.array(x) for name, x in load_file(path).items()}
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def proven(folder):
+    """(what the folder became, the differences) after the proof, which must hold."""
+    imported = import_model(f"hf:{folder}")
+    found = prove(
+        imported.config,
+        imported.params,
+        imported.tokenizer,
+        imported.family,
+        imported.source.config,
+        folder,
+    )
+    assert found and not worst(found), worst(found)
+    return imported, found
 
 
 def clip(T, folder, *, vision=(), text=(), **options):
