@@ -24,6 +24,7 @@ from bvl.errors import ConversionError
 from bvl.models.attentional_pool import AttentionalPool
 from bvl.models.bert import BertConfig
 from bvl.models.decoder import DecoderConfig
+from bvl.models.features import RegionPrompts
 from bvl.models.hybrid import HybridConfig
 from bvl.models.region_decoder import RegionDecoderConfig
 from bvl.models.region_encoder import RegionEncoderConfig
@@ -234,6 +235,71 @@ def test_texts_embedded_by_the_decoder(both, tiny, name):
     with torch.no_grad():
         theirs = peer.encode_text(torch.from_numpy(tokens).long(), torch.from_numpy(mask))
     close(theirs.embed, apply(tokens, mask, frozenset({"embed"}), method="encode_text").embed)
+
+
+REGION_MODULES = {
+    "roi_align": (
+        RegionEncoderConfig("roi_align", width=8, levels=(0, -1), output_size=2),
+        RegionDecoderConfig(width=8, depth=1, num_heads=2, pixel_width=6, instance_masks=True),
+    ),
+    "box_token": (
+        RegionEncoderConfig("box_token", width=8),
+        RegionDecoderConfig(
+            width=8, depth=1, num_heads=2, pixel_width=6, queries="learned", reads_levels=False
+        ),
+    ),
+    "mask_embedding": (
+        RegionEncoderConfig("mask_embedding", width=8, num_heads=3),
+        RegionDecoderConfig(width=8, depth=1, num_heads=2, pixel_width=6, mask_stride=3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REGION_MODULES)
+def test_region_modules(both, name):
+    """Box, point and mask of two images in; phrases and objects out. One with masks that patches do not divide."""
+    encoder, decoder = REGION_MODULES[name]
+    tower = vit(variant="XXS/8", stem="conv", pool="mean")
+    model = towers(tower, decoder=DECODERS["gpt2"], region_encoder=encoder, region_decoder=decoder)
+    size = (24, 48)
+    apply, peer = both(model, Preprocess(image_size=size))
+    module = sys.modules[type(peer).__module__]
+    rng = np.random.default_rng(4)
+    image = rng.normal(size=(2, *size, 3)).astype(np.float32)
+    corners = np.sort(rng.random((2, 3, 2, 2)), axis=2).reshape(2, 3, 4).astype(np.float32)
+    prompts = dict(
+        box=corners,
+        point=rng.random((2, 3, 2)).astype(np.float32),
+        mask=rng.random((2, 3, 6, 12)) < 0.4,
+        kind=np.array([[0, 1, 2], [2, 1, 0]], np.int8),
+    )
+    dropped = np.arange(6) == 4
+    phrase, words = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 2, 16), (2, 2, 5, 16)))
+    words_mask = np.arange(5) < np.array([[[3], [5]], [[2], [4]]])
+    names = rng.normal(size=(2, 8)).astype(np.float32)
+
+    ours = apply(image, frozenset({"regions"}), method="encode_image")
+    maps = (ours.tokens, ours.levels, ours.grid)
+    regions = apply(*maps, RegionPrompts(**prompts), dropped, method="region_tokens")
+    grounded = apply(*maps, phrase, words, words_mask, method="ground")
+    detected = apply(*maps, method="detect")
+    logits = apply(detected.embed, np.stack([names] * 2), method="detection_logits")
+    with torch.no_grad():
+        features = peer.encode_image(torch.from_numpy(image).permute(0, 3, 1, 2), levels=True)
+        prompts = module.RegionPrompts(**{key: torch.from_numpy(x) for key, x in prompts.items()})
+        tokens, mask = peer.encode_regions(features, prompts, torch.from_numpy(dropped))
+        close(tokens, regions[0])
+        np.testing.assert_array_equal(mask, regions[1])
+        tensors = (torch.from_numpy(x) for x in (phrase, words, words_mask))
+        found = peer.ground_phrases(features, *tensors)
+        objects = peer.region_decoder.detect(features)
+        close(peer.region_decoder.detection_logits(objects.embed, torch.from_numpy(names)), logits)
+    for theirs, expected in ((found, grounded), (objects, detected)):
+        for field in ("boxes", "presence", "embed", "scores", "mask_logits"):
+            value = getattr(expected, field)
+            assert (getattr(theirs, field) is None) == (value is None)
+            if value is not None:
+                close(getattr(theirs, field), value)
 
 
 def test_towers_alone(both, tiny):

@@ -13,6 +13,8 @@ from tiny_regions import region_model
 from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.api import Model
+from bvl.assembly import build_model, parameter_shapes
+from bvl.convert.table import nested_params
 from bvl.convert.torch_format import compare_torch, export_torch
 from bvl.convert.torch_format.compare import load_torch_file, probe_images
 from bvl.data.images import open_image
@@ -24,6 +26,9 @@ from bvl.data.transforms import Preprocess, apply, boxes_to_original
 from bvl.decode.guidance import guided_merge
 from bvl.decode.options import DecodeOptions
 from bvl.decode.search import search
+from bvl.runs import Encoder
+from bvl.tasks.grounding import Grounding
+from bvl.tasks.region_caption import RegionCaption
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -115,6 +120,53 @@ def test_regions_of_all_kinds(ours, theirs):
         regions=regions, length=[[3, 8], [2], []], guidance=[[1.0, 2.0], [3.0], []], guidance_null="region"
     )
     assert theirs.describe(images, **how, **FEW) == ours.describe(images, **how, **FEW)
+
+
+def test_masks_as_channels_and_phrases_read_by_the_decoder(ours, tmp_path):
+    """The other ways to tell of regions and to read phrases, on padded images that are not square."""
+    base = ours.components
+    model = dataclasses.replace(
+        base.config.model,
+        image=dataclasses.replace(base.config.model.image, mask_channel=True, stem="conv"),
+        region_encoder=dataclasses.replace(base.config.model.region_encoder, kind="mask_channel"),
+        region_decoder=dataclasses.replace(
+            base.config.model.region_decoder, phrases="decoder", instance_masks=True
+        ),
+    )
+    config = dataclasses.replace(
+        base.config,
+        model=model,
+        data=dataclasses.replace(
+            base.config.data, preprocess=Preprocess(image_size=(24, 40), resize="pad", fill=99)
+        ),
+        tasks={
+            **base.config.tasks,
+            "region_caption": RegionCaption(mask_channel=True),
+            "grounding": Grounding(phrases="decoder"),
+        },
+    )
+    built = build_model(config, base.tokenizer)
+    rng = np.random.default_rng(5)
+    params = {name: rng.normal(0, 0.3, shape) for name, shape in parameter_shapes(built).items()}
+    params = nested_params({name: x.astype(np.float32) for name, x in params.items()})
+    encoder = Encoder(built, config.data.preprocess, base.encoder.mesh)
+    components = dataclasses.replace(
+        base, model=built, params=params, config=config, encoder=encoder, preprocess=config.data.preprocess
+    )
+    other = Model(components)
+    export(other, tmp_path)
+    peer, images = load_torch_file(tmp_path).load(tmp_path), probe_images()
+    boxes = [[[0.1, 0.2, 0.7, 0.9]], [], [[0, 0, 1, 1], [0.5, 0.5, 0.6, 0.6]]]
+    how = dict(boxes=boxes, guidance=2.0, max_length=5, **FEW)
+    assert peer.describe(images, **how) == other.describe(images, **how)
+    phrases = [["a *nodule* here", "cyst"], ["left lung"], ["x"]]
+    for a, b in zip(peer.ground(images, phrases), other.ground(images, phrases, **FEW), strict=True):
+        np.testing.assert_allclose(a.boxes, b.boxes, atol=2e-5)
+        np.testing.assert_allclose(a.scores, b.scores, atol=2e-5)
+    how = dict(threshold=0.0, max_detections=3, **FEW)
+    for a, b in zip(peer.detect(images, ["x"], **how), other.detect(images, ["x"], **how), strict=True):
+        np.testing.assert_allclose(a.boxes, b.boxes, atol=2e-5)
+        np.testing.assert_allclose(a.masks, b.masks, atol=2e-5)
 
 
 def test_language_model_and_best_of(ours, theirs):
