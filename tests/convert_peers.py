@@ -3,48 +3,38 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import tokenizers
+from random_peers import randomise
 
 
-def randomise(model, seed: int = 0):
-    """Every parameter and statistic away from its initial value, biases and norms too; in evaluation mode."""
+def randomised(model, seed: int = 0):
+    """As `randomise`, and also the statistics of batch norms; the scale of logits is one that training gives."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    randomise(model, seed)
     with torch.no_grad():
-        for name, x in [*model.named_parameters(), *model.named_buffers()]:
-            if not x.is_floating_point() or "mask" in name.rsplit(".")[-1]:
-                continue
+        for name, x in model.named_buffers():
             noise = torch.randn(x.shape, generator=generator)
             if name.endswith("running_var"):
                 x.copy_(0.5 + noise.abs())
-            elif name.endswith("logit_scale"):
-                x.copy_(2.5 + 0.1 * noise)
-            elif x.ndim < 2 and ("norm" in name.lower() or "ln" in name or "bn" in name) and "weight" in name:
-                x.copy_(1 + 0.2 * noise)
-            elif x.ndim >= 2:
-                # Of unit variance behind the map, so that no layer drowns the others.
-                x.copy_(noise / np.sqrt(max(x[0].numel(), 1)) * (1.0 if "weight" in name else 3.0))
-            else:
+            elif name.endswith("running_mean"):
                 x.copy_(0.2 * noise)
-    return model.eval()
+        model.logit_scale.fill_(2.5)
+    return model
 
 
 def word_tokenizer(path: Path, *, size: int = 40, start="[CLS]", end="[SEP]", pad="[PAD]") -> Path:
-    """A tokenizer.json of `size` words w0, w1, ...; pad is 0, start and end have the highest ids."""
-    special = [token for token in (pad, "[UNK]", start, end) if token]
+    """A folder with a tokenizer of `size` words; the padding is 0, start and end have the highest ids."""
+    special = (pad, "[UNK]", start, end)
     words = [f"w{i}" for i in range(size - len(special))]
-    front = [pad] + (["[UNK]"] if pad != "[UNK]" else [])
-    names = list(dict.fromkeys([*front, *words, *([start] if start else []), end]))
-    vocabulary = {word: i for i, word in enumerate(names)}
+    vocabulary = {word: i for i, word in enumerate((pad, "[UNK]", *words, start, end))}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    model.add_special_tokens(special)
-    if start:
-        model.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{start} $A {end}", special_tokens=[(t, vocabulary[t]) for t in (start, end)]
-        )
+    model.add_special_tokens(list(special))
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(t, vocabulary[t]) for t in (start, end)]
+    )
     path.mkdir(parents=True, exist_ok=True)
     model.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(
@@ -72,7 +62,7 @@ def open_clip_folder(path: Path, model_cfg: dict, *, preprocess: dict | None = N
         kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     if "hf_model_name" in made["text_cfg"]:
         made["text_cfg"]["hf_model_pretrained"] = False
-    model = randomise(kind(**made), seed)
+    model = randomised(kind(**made), seed)
     tensors = {name: x.contiguous() for name, x in model.state_dict().items()}
     safetensors.torch.save_file(tensors, path / "open_clip_model.safetensors")
     return path

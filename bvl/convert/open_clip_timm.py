@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from bvl.convert.families import Layer, expect
-from bvl.convert.open_clip_towers import TIMM_OPTIONS, checked, image_size, known_options, vit_sizes
+from bvl.convert.open_clip_towers import (
+    TIMM_OPTIONS,
+    VIT_OPTIONS,
+    checked,
+    image_size,
+    known_options,
+    vit_sizes,
+)
 from bvl.convert.peers import import_peer
 from bvl.convert.table import Row, Table, linear, norm, packed, table
 from bvl.errors import ConversionError
@@ -109,11 +116,8 @@ def read_vision(vision: Mapping[str, Any], *, where: str) -> tuple[ViTConfig, st
 
     Raises ConversionError for a model that is no plain vision transformer, and for options that we lack.
     """
-    known_options(
-        vision,
-        {"image_size", "patch_dropout", "width", "layers", "patch_size", "head_width", *TIMM_OPTIONS},
-        where=where,
-    )
+    # Options of open_clip's own ViT may stand there and mean nothing.
+    known_options(vision, VIT_OPTIONS | TIMM_OPTIONS, where=where)
     expect(
         vision,
         {"timm_proj": ("linear", "none", ""), "timm_drop": (0.0, 0), "timm_pool": ("avg", "token", "map", "")},

@@ -25,7 +25,7 @@ _BLOCK_OPTIONS: dict[str, tuple[Any, ...]] = {
     "scale_fc": (False,),
     "block_type": (None, "default", "custom"),
 }
-_VIT_OPTIONS = {
+VIT_OPTIONS = {
     "width", "layers", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value", "patch_dropout",
     "attentional_pool", "attn_pooler_queries", "attn_pooler_heads", "no_ln_pre", "pos_embed_type",
     "final_ln_after_pool", "pool_type", "output_tokens", "act_kwargs", "norm_kwargs", "qk_norm", *_BLOCK_OPTIONS,
@@ -167,7 +167,7 @@ def read_vision(vision: Mapping[str, Any], *, quick_gelu: bool, where: str) -> V
     layers = vision.get("layers", 12)
     if isinstance(layers, list | tuple):
         return _read_resnet(vision, tuple(layers), where=where)
-    known_options(vision, _VIT_OPTIONS | TIMM_OPTIONS, where=where)
+    known_options(vision, VIT_OPTIONS | TIMM_OPTIONS, where=where)
     expect(
         vision,
         {
