@@ -13,6 +13,8 @@ from bvl.convert.importing import Imported, import_model
 from bvl.convert.inputs_parity import compare_inputs
 from bvl.convert.parity import TOLERANCE, Difference, Tolerance, prove
 from bvl.convert.peers import import_peer
+from bvl.convert.preprocess import as_written
+from bvl.convert.preprocess import differences as rounded_otherwise
 from bvl.convert.report import Report
 from bvl.convert.torch_format.compare import compare_torch
 from bvl.convert.torch_format.export import export_torch
@@ -69,6 +71,7 @@ def _import_report(
             source.config,
             preprocess=None if config.model.image is None else config.data.preprocess,
             tokenizer=tokenizer if _reads_text(config) else None,
+            words_alone=_words_alone(config, source.library),
         )
     return Report(
         str(spec),
@@ -113,10 +116,18 @@ def export(
     if format == "torch":
         report = _export_torch(components, out, model=model, source=source, check=check, tolerance=tolerance)
         how_to_load, notes = None, ()
+        preprocess = components.preprocess
     else:
         exported = export_model(
             out, format, config=config, params=components.params, tokenizer=tokenizer, hub_id=hub_id
         )
+        # What the library makes of the preprocessing, which may round a size otherwise; the report says where.
+        preprocess, roundings = components.preprocess, ()
+        if config.model.image is not None:
+            preprocess, roundings = (
+                as_written(preprocess, format),
+                tuple(rounded_otherwise(preprocess, format)),
+            )
         differences = inputs = None
         if check:
             differences = prove(
@@ -132,8 +143,9 @@ def export(
                 format,
                 out,
                 exported.foreign,
-                preprocess=None if config.model.image is None else components.preprocess,
+                preprocess=None if config.model.image is None else preprocess,
                 tokenizer=tokenizer if _reads_text(config) else None,
+                words_alone=_words_alone(config, format),
             )
         report = Report(
             source,
@@ -144,10 +156,11 @@ def export(
             differences,
             inputs,
             tolerance,
+            roundings,
         )
         how_to_load = exported.family.how_to_load(out.name)
         notes = exported.family.notes(exported.foreign, out)
-    write_atomic(out / "preprocess.json", json.dumps(components.preprocess.to_dict(), indent=2) + "\n")
+    write_atomic(out / "preprocess.json", json.dumps(preprocess.to_dict(), indent=2) + "\n")
     if not (out / "tokenizer.json").is_file():
         tokenizer.save(out / "tokenizer.json")
     write_atomic(out / "parity.json", json.dumps(report.to_dict(), indent=2) + "\n")
@@ -193,6 +206,11 @@ def _export_torch(
 
 def _reads_text(config: Any) -> bool:
     return config.model.text is not None or config.model.decoder is not None
+
+
+def _words_alone(config: Any, library: str) -> bool:
+    """Whether the tokens around a text are the task's matter: tokenizers of language models often add none."""
+    return library == "hf" and config.model.text is None
 
 
 def _check_free(out: Path) -> None:

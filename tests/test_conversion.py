@@ -106,7 +106,7 @@ def test_a_tolerance_of_nothing_is_not_met(gpt2, tmp_path):
 
 
 def test_other_pixels_or_ids_are_a_failure(gpt2, tmp_path, monkeypatch):
-    def other(folder, foreign, context_length):
+    def other(folder, foreign, context_length, words_alone):
         return lambda text: [0] * context_length
 
     monkeypatch.setitem(bvl.convert.inputs_parity._tokens, "hf", other)

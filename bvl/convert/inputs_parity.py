@@ -48,8 +48,12 @@ def compare_inputs(
     *,
     preprocess: Preprocess | None,
     tokenizer: Tokenizer | None,
+    words_alone: bool = False,
 ) -> InputsParity:
-    """Compare preprocessing and tokenizer with those that the library reads from the folder; None is not compared."""
+    """Compare preprocessing and tokenizer with those that the library reads from the folder; None is not compared.
+
+    words_alone: compare the ids of the words, without the tokens before and after them.
+    """
     why: dict[str, str] = {}
     grey_levels = texts = None
     if preprocess is not None:
@@ -57,9 +61,11 @@ def compare_inputs(
         if transform is not None:
             grey_levels = max(_grey_levels(transform, preprocess, image) for image in probe_images())
     if tokenizer is not None:
-        encode = _guarded(_tokens[library], why, "tokens", folder, foreign, tokenizer.context_length)
+        encode = _guarded(
+            _tokens[library], why, "tokens", folder, foreign, tokenizer.context_length, words_alone
+        )
         if encode is not None:
-            texts = tuple(text for text in PROBE_TEXTS if not _same_ids(encode, tokenizer, text))
+            texts = tuple(text for text in PROBE_TEXTS if not _same_ids(encode, tokenizer, text, words_alone))
     return InputsParity(grey_levels, texts, why)
 
 
@@ -85,8 +91,10 @@ def _grey_levels(
     return float(np.abs(np.rint(theirs * 255.0) - ours).max())
 
 
-def _same_ids(encode: Callable[[str], list[int]], tokenizer: Tokenizer, text: str) -> bool:
+def _same_ids(encode: Callable[[str], list[int]], tokenizer: Tokenizer, text: str, words_alone: bool) -> bool:
     """Equal up to the end of the text; what pads behind it is read by nobody, and differs between versions."""
+    if words_alone:
+        return encode(text) == tokenizer.ids(text)[: tokenizer.context_length]
     ids, mask, _ = tokenizer.encode(text)
     used = int(mask.sum())
     return encode(text)[:used] == ids[:used].tolist()
@@ -114,7 +122,7 @@ def _open_clip_pixels(folder: Path, foreign: Mapping[str, Any], size: tuple[int,
 
 
 def _open_clip_tokens(
-    folder: Path, foreign: Mapping[str, Any], context_length: int
+    folder: Path, foreign: Mapping[str, Any], context_length: int, words_alone: bool
 ) -> Callable[[str], list[int]]:
     open_clip = import_peer("open_clip", what="the proof")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder.absolute()}", context_length=context_length)
@@ -134,10 +142,13 @@ def _hf_pixels(folder: Path, foreign: Mapping[str, Any], size: tuple[int, int]) 
     ).transpose(1, 2, 0)
 
 
-def _hf_tokens(folder: Path, foreign: Mapping[str, Any], context_length: int) -> Callable[[str], list[int]]:
+def _hf_tokens(
+    folder: Path, foreign: Mapping[str, Any], context_length: int, words_alone: bool
+) -> Callable[[str], list[int]]:
     transformers = import_peer("transformers", what="the proof")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    encode = functools.partial(tokenizer, truncation=True, max_length=context_length)
+    options = dict(truncation=True, max_length=context_length, add_special_tokens=not words_alone)
+    encode = functools.partial(tokenizer, **options)
     return lambda text: list(encode(text)["input_ids"])
 
 

@@ -22,6 +22,7 @@ class Report:
     """What a conversion did and how far the result lies from its source.
 
     unread: tensors of the source without a counterpart -> why. differences: None where nothing was checked.
+    roundings: what the other library's transform of images rounds otherwise, a sentence each.
     """
 
     source: str
@@ -32,6 +33,7 @@ class Report:
     differences: Sequence[Difference] | None
     inputs: InputsParity | None
     tolerance: Tolerance
+    roundings: Sequence[str] = ()
 
     @property
     def first_departure(self) -> Difference | None:
@@ -72,6 +74,7 @@ class Report:
             "first_departure": None if first is None else dataclasses.asdict(first),
             "largest": self.largest(),
             "inputs": None if self.inputs is None else dataclasses.asdict(self.inputs),
+            "roundings": list(self.roundings),
             "differences": [dataclasses.asdict(d) for d in self.differences or ()],
             "tensors": [dataclasses.asdict(c) for c in self.converted],
             "unread": dict(self.unread),
@@ -93,6 +96,7 @@ class Report:
         ]
         out += _table(("tower", "probe", "layer or output", "absolute", "relative", ""), rows)
         out += _input_lines(self.inputs)
+        out += [f"note: {sentence}" for sentence in self.roundings]
         first = self.first_departure
         if first is not None:
             out.append(
