@@ -13,6 +13,7 @@ from bvl.convert import open_clip_timm
 from bvl.convert.importing import import_model
 from bvl.convert.open_clip_towers import mlp_ratio
 from bvl.convert.parity import prove
+from bvl.convert.peers import import_peer
 from bvl.convert.registry import family_of, open_source
 from bvl.convert.table import flat_params
 from bvl.errors import ConversionError
@@ -159,7 +160,7 @@ def test_bert_by_a_public_name(tmp_path):
     ("vit_base_patch32_siglip_256", "map"), ("vit_xsmall_patch16_clip_224", ""), ("vit_small_patch14_reg4_dinov2", "avg"),
     ("vit_so400m_patch14_siglip_384", "map")])  # fmt: skip
 def test_listed_trunks_are_those_of_timm(name, pool):
-    pytest.importorskip("timm")
+    import_peer("timm", what="a test")
     for proj in ("linear", "none"):
         listed = open_clip_timm._listed(name, pool, headed=proj == "linear")
         if listed is not None:
@@ -172,7 +173,7 @@ def test_listed_trunks_are_those_of_timm(name, pool):
     [("vit_giant_patch14_dinov2", "GluMlp"), ("resnet18", "class is ResNet"), ("no_such_vit", "no_such_vit")],
 )
 def test_trunks_that_are_no_vision_transformer_of_ours(name, named):
-    pytest.importorskip("timm")
+    import_peer("timm", what="a test")
     vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear"}
     with pytest.raises(ConversionError, match=named):
         open_clip_timm.read_vision(vision, where="here")
