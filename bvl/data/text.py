@@ -279,6 +279,13 @@ class Tokenizer:
         """Of padding, start, end and controls, which hold no word."""
         return tuple(sorted({self.pad_id, self.start_id, self.end_id} - {None} | self.control_ids))
 
+    def no_words(self, rows: int) -> Bool[np.ndarray, " rows"]:
+        """Which of so many ids no text is written with: special tokens but the end, and ids that no token has."""
+        written = np.zeros(rows, bool)
+        written[list(self._model.get_vocab().values())] = True
+        written[list({*self.special_ids, self.mask_id, self.unknown_id} - {self.end_id, None})] = False
+        return ~written
+
     @property
     def hash(self) -> str:
         """Hash of vocabulary and rules; two tokenizers with the same hash give the same ids."""

@@ -74,9 +74,7 @@ def write_rows(
     guided = always_guided or language_model is not None or bool((scale != 1).any())
     prefixes = _prefixes(components, controls or {}, count, noun)
     forced, forced_mask = _forced(components, begin, count, options, noun)
-    forbidden = np.zeros(tokenizer.vocab_size, bool)
-    no_words = {*tokenizer.special_ids, tokenizer.mask_id, tokenizer.unknown_id} - {tokenizer.end_id, None}
-    forbidden[list(no_words)] = True
+    forbidden = tokenizer.no_words(components.model.vocab_size)
     numbers = _numbers(first_row, count, noun)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
     keys = jax.device_put(keys, replicated(mesh))
