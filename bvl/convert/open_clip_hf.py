@@ -150,7 +150,7 @@ def load_peer(folder: Path, foreign: Mapping[str, Any], tensors: Tensors, load: 
     """
     cfg = foreign["model_cfg"]
     name = Path(cfg["text_cfg"]["hf_model_name"])
-    if name.is_absolute() and (name / "config.json").is_file():
+    if name.is_absolute() and (name / "config.json").is_file() and "hf_model_config" not in cfg["text_cfg"]:
         return load(folder)
     text = dict(cfg["text_cfg"])
     found = bert_json(text, Source("open_clip", folder, foreign), tensors, where=str(folder))

@@ -26,7 +26,8 @@ class TextConfig:
     CLIP: causal=True, pool="end". SigLIP: causal=False, pool="last", attend_padding=True, activation="gelu_tanh",
     norm_epsilon=1e-6.
     pool: "end" takes the token at the first end id, "mean" and "max" run over the text tokens, "last" takes the
-    last position whatever stands there, "cls" the first.
+    last position whatever stands there, "cls" the first, "highest" the token with the highest id (the end token, as
+    OpenAI's CLIP looks for it).
     attend_padding: padding is read as if it were text, as SigLIP's towers do.
     qk_norm: layer norm of queries and keys. layer_scale: initial factor of the residual branches.
     dropout: of the embeddings and of both branches of each block; drop_path: stochastic depth.
