@@ -23,11 +23,11 @@ from bvl.models.grid import resize_positions
 from bvl.models.vit import ViTConfig
 from bvl.runs import Components, build_model
 from bvl.tasks.caption import Caption
+from bvl.train.fitting import stretched_positions
 from bvl.train.initial import (
     initial_params,
     open_start,
     start_of,
-    stretched_positions,
     with_tokenizer_options,
 )
 from bvl.train.loop import train

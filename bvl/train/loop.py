@@ -18,12 +18,12 @@ import jax
 from bvl.checkpoint import Checkpoints
 from bvl.config import Config
 from bvl.errors import ConfigError, RunFolderError, UserError
-from bvl.evals.base import evaluate, write_eval
 from bvl.mesh import check_batch_size, make_mesh, replicated, to_global
 from bvl.runs import Components, Encoder, RunFolder, write_atomic
 from bvl.train.bad_records import BadRecords
 from bvl.train.early_stop import EarlyStop, early_stop_at
 from bvl.train.environment import enable_compilation_cache, note_start
+from bvl.train.evaluation import evaluate_state
 from bvl.train.initial import open_start, settled_config, with_tokenizer_options
 from bvl.train.lora import Adapter
 from bvl.train.metrics_log import MetricsLog, ProgressLines
@@ -147,7 +147,7 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
             checkpoints=checkpoints,
             step_fn=lambda state, batch: step_fn(state, frozen_params, to_global(batch, mesh)),
             flops=lambda: step_fn.flops,
-            evaluate=functools.partial(_evaluate, run, config, suites, components, program.adapter),
+            evaluate=functools.partial(evaluate_state, run, config, suites, components, program.adapter),
             early_stop=early_stop,
             trace=trace,
             num_devices=mesh.size,
@@ -340,28 +340,3 @@ def _means(sums: Any) -> dict[str, float]:
     return {
         name: float(total) / float(count) if count else math.nan for name, (total, count) in pairs.items()
     }
-
-
-def _evaluate(
-    run: RunFolder,
-    config: Config,
-    suites: Any,
-    components: Components,
-    adapter: Adapter | None,
-    state: TrainState,
-    step: int,
-    *,
-    name: str | None = None,
-):
-    """Run the suites on the state's parameters (their average, if kept) and write eval.json, or eval/<name>.json;
-    returns plain numbers."""
-    if not suites:
-        return {}
-    average = state.ema is not None and config.eval.use_ema
-    params = state.ema if average else state.params
-    if adapter is not None:
-        params = adapter.merged(params)
-    current = dataclasses.replace(components, params=params, step=step, _hash=None)
-    results = evaluate(current, suites, batch_size=config.eval.batch_size)
-    metrics = write_eval(run, results, name=name)
-    return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
