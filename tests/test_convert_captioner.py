@@ -105,12 +105,11 @@ def captioner(kind="vit", *, controls=CONTROLS, text=False, decoder=(), image=()
     )
     model = build_model(config, tokenizer)
     rng = np.random.default_rng(3)
-    # Strong where the image and the positions come in, so that captions differ.
-    spread = {True: 1.5, False: 0.3}
-    flat = {
-        n: rng.normal(0, spread["cross" in n or "decoder/positions" in n], s).astype(np.float32)
-        for n, s in parameter_shapes(model).items()
-    }
+    flat = {}
+    for name, shape in parameter_shapes(model).items():
+        # Small biases, and strong where the image and the positions come in, so that captions differ.
+        spread = 0.05 if "bias" in name else 1.5 if "cross" in name or "decoder/positions" in name else 0.3
+        flat[name] = (rng.normal(0, spread, shape) + ("scale" in name)).astype(np.float32)
     params = jax.tree.map(jnp.asarray, nested_params(flat))
     mesh = make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
     preprocess = config.data.preprocess
