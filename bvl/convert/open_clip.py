@@ -220,8 +220,10 @@ def as_loaded(tensors: Tensors, cfg: Mapping[str, Any], *, custom: bool) -> Tens
 
 def text_facts(text: Mapping[str, Any]) -> TextFacts:
     """What the tokenizer of a text_cfg must be; its cleaning of texts is read with the tokenizer's own files."""
+    # Texts are cleaned so for the SentencePiece vocabularies of SigLIP alone.
+    kind = "siglip" if (text.get("tokenizer_kwargs") or {}).get("clean") == "canonicalize" else "any"
     return TextFacts(
-        "any" if text.get("hf_tokenizer_name") else "clip",
+        kind if text.get("hf_tokenizer_name") else "clip",
         text.get("context_length", 77),
         text.get("vocab_size", 49408),
         end_id=text.get("eos_id", 2) if text.get("pool_type") == "eos" else None,
