@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ def export_model(
         name: "used in training alone" for name in flat if name.startswith("heads/") and name not in named
     }
     flat = {name: x for name, x in flat.items() if name not in unwritten}
+    if "log_scale" in flat:
+        # Ours never reads a scale above its limit; theirs has no limit.
+        flat["log_scale"] = np.minimum(flat["log_scale"], np.float32(math.log(config.model.max_scale)))
     tensors, converted = to_theirs(table, flat, where=family.name)
     save_safetensors(folder / family.weights_file, tensors, metadata={"format": "pt"})
     (folder / family.config_file).write_text(json.dumps(foreign, indent=2) + "\n", encoding="utf-8")

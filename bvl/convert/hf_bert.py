@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from bvl.assembly import embedding_rows
 from bvl.config import Config
@@ -208,6 +208,9 @@ class Bert(Family):
 
     name = "BertModel"
     library = "hf"
+    # A folder of ours has no pooler; without the option the class would make a random one.
+    load_options: ClassVar[str] = ", add_pooling_layer=False"
+    then: ClassVar[str] = "hidden = model(**texts).last_hidden_state"
 
     def accepts(self, source: Source) -> bool:
         return is_class(source, "bert", self.name)
@@ -277,8 +280,9 @@ class Bert(Family):
         return how_to_load(
             folder_name,
             self.name,
+            options=self.load_options,
             tokenizer="AutoTokenizer",
-            then="hidden = model(**texts).last_hidden_state",
+            then=self.then,
         )
 
 
@@ -301,6 +305,7 @@ class BertForMaskedLM(Bert):
     """BertForMaskedLM (and BertForPreTraining): the head goes to the task "mlm", its decoder is the token embedding."""
 
     name = "BertForMaskedLM"
+    load_options, then = "", "logits = model(**texts).logits"
 
     def accepts(self, source: Source) -> bool:
         return bool({self.name, "BertForPreTraining"} & set(source.config.get("architectures") or ()))

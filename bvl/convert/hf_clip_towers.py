@@ -76,7 +76,8 @@ class ClipVisionTower(VisionTower):
         )
 
     def layers(self, config: ViTConfig) -> tuple[Layer, ...]:
-        return (*super().layers(config), Layer("pre_norm", "pre_layrnorm"))
+        patches, *blocks = super().layers(config)
+        return (patches, Layer("pre_norm", "pre_layrnorm"), *blocks)
 
     def run(self, vision: Any, pixels: Any, config: ViTConfig) -> dict[str, Any]:
         own = (vision.embeddings.image_size,) * 2

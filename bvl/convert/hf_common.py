@@ -209,12 +209,18 @@ def reasons(*attempts: Callable[[], Any]) -> list[str]:
 
 
 def how_to_load(
-    folder_name: str, class_name: str, *, tokenizer: str = "", processor: str = "", then: str = ""
+    folder_name: str,
+    class_name: str,
+    *,
+    options: str = "",
+    tokenizer: str = "",
+    processor: str = "",
+    then: str = "",
 ) -> str:
-    """Lines of Python that load an export, read an image and a text, and use them."""
+    """Lines of Python that load an export with these options, read an image and a text, and use them."""
     named = sorted({name for name in (class_name, tokenizer, processor) if name})
     lines = [f"from transformers import {', '.join(named)}", ""]
-    lines += [f'model = {class_name}.from_pretrained("{folder_name}").eval()']
+    lines += [f'model = {class_name}.from_pretrained("{folder_name}"{options}).eval()']
     if processor:
         lines += [f'processor = {processor}.from_pretrained("{folder_name}")']
         lines += ['images = processor(images=[image], return_tensors="pt")']

@@ -80,7 +80,9 @@ class ImageTower(Family):
 
     def how_to_load(self, folder_name: str) -> str:
         then = "hidden = model(**images).last_hidden_state  # its first token is the embedding"
-        return how_to_load(folder_name, self.name, processor="AutoImageProcessor", then=then)
+        # A folder of ours has no pooler; without the option the class would make a random one.
+        options = ", add_pooling_layer=False" if self.name == "ViTModel" else ""
+        return how_to_load(folder_name, self.name, options=options, processor="AutoImageProcessor", then=then)
 
     def towers(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> tuple[Tower, ...]:
         size = self.tower.image_size(foreign, where=self.name)
