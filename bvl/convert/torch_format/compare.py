@@ -84,10 +84,12 @@ def _calls(
         yield "classify", False, lambda m: m.classify(images, texts, **few)
     if sees and reads and tasks["heat_maps"]:
         yield "heat_maps", False, lambda m: m.heat_maps(images, PHRASES, **few)
-    if tasks["caption"]:
-        options = {"greedy": {}, "guidance 2": {"guidance": 2.0}, "two beams": {"beams": 2}}
+    if sees and tasks["caption"]:
+        options = {"greedy": {}, "two beams": {"beams": 2}}
+        if config["decoder"]["null"]:
+            options["guidance 2"] = {"guidance": 2.0}
         if lengths := config["controls"]["lengths"]:
-            options["guidance 2, length"] = {"guidance": 2.0, "length": lengths[0][0]}
+            options["length"] = {**options.get("guidance 2", {}), "length": lengths[0][0]}
         for name, how in options.items():
             yield f"caption/{name}", True, lambda m, how=how: m.caption(images, **how, **few)
     if tasks["describe"]:

@@ -38,7 +38,7 @@ def export_torch(
     tensors, converted = {}, []
     for name, x in flat.items():
         theirs, how, array = to_torch(name, x)
-        tensors[theirs] = np.ascontiguousarray(array, dtype=np.float32)
+        tensors[theirs] = np.array(array, dtype=np.float32, order="C")
         converted.append(Converted(name, tuple(x.shape), theirs, tensors[theirs].shape, how))
     weights = folder / "model.safetensors"
     save_safetensors(weights, tensors, metadata={"format": "pt"})

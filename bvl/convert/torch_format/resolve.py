@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from bvl.config import Config
 from bvl.convert.torch_format.known import check_known
 from bvl.data.controls import PROMPT_END, Controls
@@ -55,7 +57,7 @@ def resolve(config: Config, tokenizer: Tokenizer, shapes: Shapes) -> dict[str, A
         "std": list(preprocess.std),
         "reads_levels": "levels" in model.region_needs,
         "region_grid": [side // config.data.regions.mask_stride for side in size],
-        "tokenizer": _tokenizer(tokenizer),
+        "tokenizer": _tokenizer(tokenizer, shapes),
         "controls": _controls(config.data.controls, tokenizer),
         "tasks": _tasks(config),
     }
@@ -227,16 +229,16 @@ def _widths(shapes: Shapes, pattern: str, count: int) -> list[int]:
     return [shapes.get(pattern.format(i), (0,))[0] for i in range(count)]
 
 
-def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    no_words = {*tokenizer.special_ids, tokenizer.mask_id, tokenizer.unknown_id} - {tokenizer.end_id, None}
+def _tokenizer(tokenizer: Tokenizer, shapes: Shapes) -> dict[str, Any]:
+    # An imported model may have more rows than its tokenizer has tokens.
+    (rows, *_) = shapes.get("decoder/token_embed", (tokenizer.vocab_size,))
     return {
         "context_length": tokenizer.context_length,
-        "vocab_size": tokenizer.vocab_size,
         "pad_id": tokenizer.pad_id,
         "start_id": tokenizer.start_id,
         "end_id": tokenizer.end_id,
         "control_ids": sorted(tokenizer.control_ids),
-        "excluded_ids": sorted(no_words),
+        "excluded_ids": np.flatnonzero(tokenizer.no_words(rows)).tolist(),
     }
 
 

@@ -316,6 +316,9 @@ class Decoder(nn.Module):
         The class token sees the text and one place behind it, but itself only where the text fills the context.
         """
         count, positions = tokens.shape[1], token_positions(mask)
+        if self.config["text_class"]:
+            # The class token sees a place of padding, which has its own position in open_clip.
+            positions = torch.arange(count, device=tokens.device).expand(len(tokens), -1)
         x = self._embed(tokens, positions)
         if self.config["text_class"]:
             behind = self.text_class + self.positions[count]

@@ -17,8 +17,8 @@ MARKED_WORD = re.compile(r"(?<!\S)\*(\S(?:[^*]*\S)?)\*(?=$|[\s.,;:!?])")
 class Tokenizer:
     """A `tokenizers` model with start, end and padding to a fixed context length.
 
-    config: context_length, pad_id, start_id (None = no start token), end_id, vocab_size, and control_ids, of entries
-    that are neither words nor one of the usual special tokens; excluded_ids are never written in a text.
+    config: context_length, pad_id, start_id (None = no start token), end_id, and control_ids, of entries that are
+    neither words nor one of the usual special tokens; no text is written with excluded_ids.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]):
@@ -33,7 +33,6 @@ class Tokenizer:
         self.end_id: int = config["end_id"]
         self.control_ids = frozenset(config["control_ids"])
         self.excluded_ids: list[int] = config["excluded_ids"]
-        self.vocab_size: int = config["vocab_size"]
         self._is_wordpiece = isinstance(self._model.model, tokenizers.models.WordPiece)
 
     @property

@@ -48,7 +48,6 @@ def write_rows(
     options: SearchOptions,
     guidance: Any,
     null_has_controls: bool,
-    null_needs_image: bool,
     language_model: Model | None,
     controls: Mapping[str, Any],
     begin: Any,
@@ -62,20 +61,12 @@ def write_rows(
     visual_of: (numbers of rows, whether their null rows are wanted behind them) -> visual tokens and their mask.
     """
     scale = guidance_scales(guidance, count, noun)
-    needs_null = null_needs_image and language_model is None and bool((scale != 1).any())
-    if needs_null and not model.config["decoder"]["null"]:
-        raise UserError(
-            "guidance other than 1 needs a null image, and this model was trained without one: give a language_model"
-        )
     columns = {name: each(name, value, count, noun) for name, value in controls.items() if value is not None}
     prefixes = [model.controls.prefix(**{k: v[i] for k, v in columns.items()}) for i in range(count)]
     forced = forced_words(model, begin, count, options, noun)
     row_numbers = row_numbers_of(first_row, count, noun)
     guided = language_model is not None or bool((scale != 1).any())
-    # An imported model may have more rows than its tokenizer has tokens.
-    forbidden = (
-        torch.arange(len(model.decoder.token_embed), device=model.device) >= model.tokenizer.vocab_size
-    )
+    forbidden = torch.zeros(len(model.decoder.token_embed), dtype=torch.bool, device=model.device)
     forbidden[model.tokenizer.excluded_ids] = True
 
     def on_device(arrays: Sequence[np.ndarray]) -> Tensor:
@@ -200,6 +191,11 @@ def caption_images(
     """Candidates for each image; how: further arguments of `write_rows`."""
     if guidance_null not in ("image", "controls", "both"):
         raise UserError(f"guidance_null={guidance_null!r}: choose image, controls or both")
+    needs_null = how["language_model"] is None and guidance_null != "controls"
+    if needs_null and not model.config["decoder"]["null"] and np.any(np.asarray(how["guidance"]) != 1):
+        raise UserError(
+            "guidance other than 1 needs a null image, and this model has none: give a language_model"
+        )
 
     def visual_of(rows: list[int], with_null: bool) -> Visual:
         features = model.features([images[i] for i in rows])[1]
@@ -212,7 +208,6 @@ def caption_images(
         visual_of,
         len(images),
         null_has_controls=guidance_null == "image",
-        null_needs_image=guidance_null != "controls",
         batch_size=batch_size,
         noun="image",
         **how,
@@ -266,7 +261,6 @@ def describe_regions(
             sum(counts),
             guidance=flat("guidance", guidance, counts),
             null_has_controls=True,
-            null_needs_image=guidance_null != "region",
             controls={"length": flat("length", length, counts)},
             begin=flat("begin", begin, counts),
             first_row=flat("first_row", first_row, counts),
