@@ -1,5 +1,6 @@
 """CoCa of open_clip: embeddings, logits and every layer equal open_clip's; captions are those of recomputation."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from convert_peers import open_clip_folder
 from random_peers import worst
 from tiny_run import fast_compilation  # noqa: F401
 
+from bvl.convert.exporting import choose_family, export_model
 from bvl.convert.importing import import_model
 from bvl.convert.parity import prove
 from bvl.convert.registry import family_of, open_source
@@ -74,6 +76,59 @@ def test_embeddings_logits_and_layers_are_equal(folders, case):
     expected = {("image", "embed"), ("text", "embed"), ("decoder", "logits"), ("both", "logits")}
     assert names >= expected | {("decoder", "decoder/block_2"), ("text", "decoder/block_1")}
     assert (("image", "image/attentional_pool") in names) is (case != "no pooler")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_import_is_written_again_bit_for_bit(folders, tmp_path, case):
+    """What open_clip loads from the new folder is what it loads from the old one."""
+    imported = import_model(f"open_clip:{folders(case)}")
+    written = export_model(
+        tmp_path, "open_clip", config=imported.config, params=imported.params, tokenizer=imported.tokenizer
+    )
+    assert written.family.name == "CoCa" and not written.unwritten
+    old, new = (
+        imported.family.load_peer(folder, imported.source.config).state_dict()
+        for folder in (folders(case), tmp_path)
+    )
+    assert old.keys() == new.keys()
+    for name, x in old.items():
+        assert torch.equal(x.reshape(new[name].shape), new[name]), name
+    again = import_model(f"open_clip:{tmp_path}")
+    assert again.config.model == imported.config.model
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"cross_mlp": False}, "model.decoder.cross_mlp=False"),
+        ({"activation": None}, "model.decoder.activation=None"),
+        ({"activation": "quick_gelu"}, "quick_gelu is one option for both"),
+        ({"mlp_hidden": 40}, "mlp_hidden=40"),
+        ({"visual_queries": 2}, "visual_queries=2"),
+    ],
+)
+def test_what_open_clip_has_not_is_named(folders, options, words):
+    imported = import_model(f"open_clip:{folders('pooler')}")
+    model = imported.config.model
+    model = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, **options))
+    with pytest.raises(ConversionError, match=words):
+        choose_family("open_clip", dataclasses.replace(imported.config, model=model), imported.tokenizer)
+
+
+def test_a_learned_null_is_left_out_and_said_to_be(folders, tmp_path):
+    imported = import_model(f"open_clip:{folders('pooler')}")
+    model = imported.config.model
+    model = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, null=True))
+    params = {
+        **imported.params,
+        "model": {
+            **imported.params["model"],
+            "decoder": {**imported.params["model"]["decoder"], "visual_tokens": {"null": np.ones(16)}},
+        },
+    }
+    config = dataclasses.replace(imported.config, model=model)
+    written = export_model(tmp_path, "open_clip", config=config, params=params, tokenizer=imported.tokenizer)
+    assert "no null image" in written.unwritten["decoder/visual_tokens/null"]
 
 
 def test_captions_are_those_of_open_clip_and_guidance_is_refused(folders):

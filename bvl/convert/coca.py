@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bvl.assembly import embedding_rows
+from bvl.config import Config
 from bvl.convert import open_clip_towers as native
+from bvl.convert import open_clip_writing as writing
 from bvl.convert.families import Described, Family, Layer, Source, TextFacts, Tower, expect
+from bvl.convert.hf_common import refuse, unlike
 from bvl.convert.open_clip import (
     as_loaded,
     encode_image,
@@ -19,9 +24,11 @@ from bvl.convert.open_clip import (
     scale_rows,
     text_facts,
 )
-from bvl.convert.preprocess import from_open_clip
-from bvl.convert.table import Row, Table, Unread, linear, norm, packed, table
+from bvl.convert.preprocess import from_open_clip, to_open_clip
+from bvl.convert.table import Row, Table, Unread, Unwritten, linear, norm, packed, table
 from bvl.convert.tensors import Tensors
+from bvl.convert.tokenizers import open_clip_entries
+from bvl.data.text import Tokenizer
 from bvl.errors import ConversionError
 from bvl.models.attentional_pool import AttentionalPool
 from bvl.models.decoder import DecoderConfig
@@ -56,7 +63,19 @@ ENDS = table(
     norm("decoder/norm", "text_decoder.ln_final"),
     Row("decoder/head", "text_decoder.text_projection", "transpose"),
     Unread(r"text(_decoder)?\.attn_mask", "the causal mask"),
+    Unwritten(
+        r"decoder/visual_tokens/null",
+        "open_clip has no null image, which guidance needs: read back, the model has none (model.decoder.null=False)",
+    ),
 )
+# Options of our decoder that open_clip's has with any value, or that matter in training alone, and those that it has
+# with one value, beside the defaults.
+_FREE = "width depth num_heads mlp_hidden unimodal_depth unimodal_heads unimodal_mlp_hidden activation dropout remat null"
+_FIXED: dict[str, tuple[Any, ...]] = {
+    **{"layout": ("coca",), "text_class": (True,), "cross_mlp": (True,)},
+    "tied_head": (False,),
+}
+_PROJECTIONS = {"linear": ("linear", False), "linear_bias": ("linear", True), "none": ("none", False)}
 
 
 def attentional_pool(config: ViTConfig) -> Table:
@@ -166,6 +185,93 @@ class CoCa(Family):
     def scale_and_bias(self, peer: Any) -> tuple[float, float]:
         bias = 0.0 if peer.logit_bias is None else float(peer.logit_bias.detach())
         return float(peer.logit_scale.detach().exp()), bias
+
+    def foreign(self, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+        model, size = config.model, config.data.preprocess.height_width
+        refuse(self.name, _wrong(config))
+        image, decoder = model.image, model.decoder
+        bare = dataclasses.replace(
+            model, image=dataclasses.replace(image, attentional_pool=None), decoder=None
+        )
+        vision = {**writing.write_vision(bare, size, timm=False), "output_tokens": True}
+        if image.attentional_pool is not None:
+            vision |= {
+                "attentional_pool": True,
+                "attn_pooler_queries": image.attentional_pool.queries,
+                "attn_pooler_heads": image.attentional_pool.num_heads,
+            }
+        kind, bias = _PROJECTIONS[model.text_projection]
+        heads, hidden = decoder.unimodal_sizes
+        rows = embedding_rows(config, tokenizer)
+        text = {
+            "vocab_size": rows,
+            "width": decoder.width,
+            "heads": heads,
+            "layers": decoder.num_unimodal,
+            "mlp_ratio": native.mlp_ratio(decoder.width, hidden),
+            "embed_cls": True,
+            "output_tokens": True,
+            "proj_type": kind,
+            "proj_bias": bias,
+            "pad_id": tokenizer.pad_id,
+            **open_clip_entries(tokenizer),
+        }
+        multimodal = {
+            "context_length": tokenizer.context_length,
+            "vocab_size": rows,
+            "width": decoder.width,
+            "heads": decoder.num_heads,
+            "layers": decoder.depth - decoder.num_unimodal,
+        }
+        cfg = {
+            "embed_dim": model.embed_dim,
+            "vision_cfg": vision,
+            "text_cfg": text,
+            "multimodal_cfg": multimodal,
+            "custom_text": True,
+            "quick_gelu": decoder.activation == "quick_gelu",
+            "init_logit_scale": math.log(1 / model.init_temperature),
+        }
+        if model.init_bias is not None:
+            cfg["init_logit_bias"] = model.init_bias
+        return {"model_cfg": cfg, "preprocess_cfg": to_open_clip(config.data.preprocess)}
+
+    def write_files(
+        self, folder: Path, foreign: Mapping[str, Any], config: Config, tokenizer: Tokenizer
+    ) -> None:
+        writing.write_files(folder, foreign, config, tokenizer)
+
+    def how_to_load(self, folder_name: str) -> str:
+        return writing.how_to_load(folder_name)
+
+
+def _wrong(config: Config) -> list[str]:
+    """Which options of a model of ours CoCa has not, beside those of its ViT."""
+    model = config.model
+    if not isinstance(model.image, ViTConfig) or model.decoder is None or model.text is not None:
+        return ["model but one of a ViTConfig as model.image, model.decoder and model.text=None"]
+    image, decoder = model.image, model.decoder
+    wrong = [f"model.{n}" for n in ("region_encoder", "region_decoder") if getattr(model, n) is not None]
+    wrong += unlike("model.decoder", decoder, free=_FREE, fixed=_FIXED)
+    if decoder.sizes[3] != 4 * decoder.width:
+        wrong.append(f"model.decoder.mlp_hidden={decoder.sizes[3]} (there 4 * width)")
+    if decoder.activation not in ("gelu", "quick_gelu"):
+        wrong.append(f"model.decoder.activation={decoder.activation!r} (there 'gelu' or 'quick_gelu')")
+    elif (decoder.activation == "quick_gelu") != (image.activation == "quick_gelu"):
+        wrong.append(
+            "model.image.activation beside another of model.decoder: quick_gelu is one option for both"
+        )
+    if image.output_width != decoder.width:
+        wrong.append(f"image tokens of width {image.output_width} for a decoder of {decoder.width}")
+    if image.attentional_pool is not None and image.attentional_pool.width != model.embed_dim:
+        wrong.append(
+            f"attentional_pool of width {image.attentional_pool.width} for embed_dim={model.embed_dim}"
+        )
+    if model.text_projection not in _PROJECTIONS:
+        wrong.append(f"model.text_projection={model.text_projection!r}")
+    if config.data.controls.num_slots != 1:
+        wrong.append("data.controls: a start token alone stands before a text")
+    return wrong
 
 
 def _decode(peer: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
