@@ -34,7 +34,7 @@ from bvl.errors import UserError
 
 def write_tokenizer(folder: Path, vocab_size: int, start: str | None, end: str, pad: str) -> None:
     """A tokenizer of made-up words, whose last ids are the special tokens (CLIP pools at the highest id)."""
-    special = list(dict.fromkeys(token for token in (pad, "[UNK]", start, end) if token))
+    special = ["[UNK]", *(token for token in dict.fromkeys((pad, start, end)) if token and token != end), end]
     words = [f"w{i}" for i in range(vocab_size - len(special))]
     vocab = {word: i for i, word in enumerate([*words, *special])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
