@@ -125,6 +125,7 @@ def test_a_config_of_the_older_kind_is_read_as_the_newer(write):
         ("gpt2", {"activation_function": "mish"}, "activation_function='mish'"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_type='linear' needs factor"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", {"hidden_act": "tanh"}, "hidden_act='tanh'"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),

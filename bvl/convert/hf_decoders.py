@@ -310,16 +310,22 @@ def rope(given: Mapping[str, Any], *, where: str) -> tuple[float, RopeScaling | 
     if share != 1:
         raise ConversionError(f"{where}: partial_rotary_factor={share} is not reproduced by bvl")
     kind = option(found, ("rope_type", "type"), "default")
+
+    def given_number(name: str) -> float:
+        if found.get(name) is None:
+            raise ConversionError(f"{where}: rope_type={kind!r} needs {name}")
+        return float(found[name])
+
     if kind == "default":
         return float(theta), None
     if kind == "linear":
-        return float(theta), RopeScaling(kind="linear", factor=float(found["factor"]))
+        return float(theta), RopeScaling(kind="linear", factor=given_number("factor"))
     if kind == "llama3":
         return float(theta), RopeScaling(
             kind="llama3",
-            factor=float(found["factor"]),
-            low_freq_factor=float(found["low_freq_factor"]),
-            high_freq_factor=float(found["high_freq_factor"]),
+            factor=given_number("factor"),
+            low_freq_factor=given_number("low_freq_factor"),
+            high_freq_factor=given_number("high_freq_factor"),
             original_context=option(
                 found, ("original_max_position_embeddings",), given["max_position_embeddings"]
             ),
