@@ -10,10 +10,9 @@ from pathlib import Path
 SOURCE = Path(__file__).parent / "source"
 # Each file uses only names of those before it, but for annotations.
 ORDER = (
-    *("errors", "images", "text", "sentences", "controls", "features", "layers", "vit", "resnet", "hybrid"),
-    *("text_towers", "decoder", "constraints", "search", "region_encoder", "region_decoder", "network"),
-    *("prompts", "embedding", "locating", "writing", "model"),
-)
+    "errors images text sentences controls features layers vit resnet hybrid text_towers decoder_layers decoder "
+    "constraints search beam region_encoder region_decoder network prompts embedding locating writing model"
+).split()
 RULE = "# " + "-" * 78
 INTRODUCTION = '''"""A vision-language model in plain PyTorch, exported from bvl.
 

@@ -11,18 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bvl.convert.torch_format.source.beam import search
 from bvl.convert.torch_format.source.errors import UserError
 from bvl.convert.torch_format.source.features import ImageFeatures
 from bvl.convert.torch_format.source.images import Shown
 from bvl.convert.torch_format.source.prompts import flat, joined, region_prompt
 from bvl.convert.torch_format.source.region_encoder import RegionPrompts
-from bvl.convert.torch_format.source.search import (
-    Continuations,
-    Rules,
-    SearchOptions,
-    sample_generators,
-    search,
-)
+from bvl.convert.torch_format.source.search import Continuations, Rules, SearchOptions, sample_generators
 
 if TYPE_CHECKING:
     from bvl.convert.torch_format.source.model import Model

@@ -1,0 +1,1 @@
+"""The PyTorch side: read as text and joined by `bundle.py`, never imported by bvl."""
