@@ -56,6 +56,10 @@ CASES = {
     ),
     "ResNet": model(RESNET, TEXT | {"pool_type": "eos", "eos_id": 39, "proj_type": "none"}, embed_dim=24),
     # As SigLIP, with what only timm's own test model adds.
+    # Positions are for another size than the images, and the proof reads a third.
+    "several sizes": model(
+        {"timm_model_name": "test_vit", "timm_pool": "", "image_size": 48}, TEXT, custom_text=True
+    ),
     "map head": model(
         MAP_HEAD, TEXT | {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}, embed_dim=96,
         custom_text=True, init_logit_bias=-10.0,
@@ -166,6 +170,18 @@ def test_listed_trunks_are_those_of_timm(name, pool):
         if listed is not None:
             assert listed == open_clip_timm._built(name, {"timm_pool": pool, "timm_proj": proj}, where="here")
     assert open_clip_timm._listed(name, pool, headed=True) is not None
+
+
+def test_listed_trunks_need_no_timm(monkeypatch):
+    def absent(name, *, what):
+        raise ConversionError(f"{what} needs {name}")
+
+    monkeypatch.setattr(open_clip_timm, "import_peer", absent)
+    vision = {"timm_model_name": "vit_base_patch16_224.augreg", "timm_pool": "", "timm_proj": "linear"}
+    image, projection, size = open_clip_timm.read_vision(vision, where="here")
+    assert (image.sizes, image.pool, projection, size) == ((768, 12, 12, 3072), "cls", "linear", (224, 224))
+    with pytest.raises(ConversionError, match="vit_giant_patch16_gap_224.*needs timm"):
+        open_clip_timm.read_vision({"timm_model_name": "vit_giant_patch16_gap_224"}, where="here")
 
 
 @pytest.mark.parametrize(

@@ -155,14 +155,14 @@ class _DualEncoder(Family):
     def towers(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> tuple[Tower, ...]:
         vision = foreign["model_cfg"]["vision_cfg"]
         if vision.get("timm_model_name"):
-            layers = timm.layers(model.image)
+            layers, sizes = timm.layers(model.image), timm.further_sizes(model.image, vision)
         else:
-            layers = native.vision_layers(model.image, vision)
+            layers, sizes = native.vision_layers(model.image, vision), ()
         if isinstance(model.text, BertConfig):
             text_layers = hf.layers(model.text)
         else:
             text_layers = native.text_layers(model.text, "text." if self.custom else "")
-        return (Tower("image", layers, encode_image), Tower("text", text_layers, encode_text))
+        return (Tower("image", layers, encode_image, sizes), Tower("text", text_layers, encode_text))
 
     def scale_and_bias(self, peer: Any) -> tuple[float, float]:
         bias = 0.0 if peer.logit_bias is None else float(peer.logit_bias.detach())

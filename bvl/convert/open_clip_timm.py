@@ -181,37 +181,35 @@ def _built(name: str, vision: Mapping[str, Any], *, where: str) -> Trunk:
 def _read_trunk(trunk: Any, *, where: str) -> Trunk:
     """Our config of a timm VisionTransformer; raises ConversionError naming what bvl's has not."""
 
-    def require(what: str, found: Any, known: tuple[Any, ...]) -> None:
+    def require(what: str, found: Any, *known: Any) -> None:
         if found not in known:
             raise ConversionError(f"{where}: {what} is {found}, which bvl does not reproduce")
 
     def kind(module: Any) -> str:
         return type(module).__name__
 
-    require("the class", kind(trunk), ("VisionTransformer",))
+    require("the class", kind(trunk), "VisionTransformer")
     block = trunk.blocks[0]
-    require("the block", kind(block), ("Block",))
-    require("the attention", kind(block.attn), ("Attention",))
-    require("the norm of queries", kind(block.attn.q_norm), ("Identity", "LayerNorm"))
-    require("the norm in the attention", kind(getattr(block.attn, "norm", None)), ("Identity", "NoneType"))
-    require("the MLP", kind(block.mlp), ("Mlp",))
-    require("the norm in the MLP", kind(block.mlp.norm), ("Identity",))
-    require("the norm", kind(block.norm1), ("LayerNorm",))
-    activation = kind(block.mlp.act)
-    require("the activation", activation, tuple(_GELUS))
+    require("the block", kind(block), "Block")
+    require("the attention", kind(block.attn), "Attention")
+    require("the norm of queries", kind(block.attn.q_norm), "Identity", "LayerNorm")
+    require("the norm in the attention", kind(getattr(block.attn, "norm", None)), "Identity", "NoneType")
+    require("the MLP", kind(block.mlp), "Mlp")
+    require("the norm in the MLP", kind(block.mlp.norm), "Identity")
+    require("the norm", kind(block.norm1), "LayerNorm")
+    require("the activation", kind(block.mlp.act), *_GELUS)
     tanh = getattr(block.mlp.act, "approximate", "none") == "tanh"
-    require("the patch embedding", kind(trunk.patch_embed), ("PatchEmbed",))
-    require("its norm", kind(trunk.patch_embed.norm), ("Identity",))
-    require("global_pool", trunk.global_pool, tuple(_POOLS))
-    norms = (kind(trunk.norm), kind(trunk.fc_norm))
-    pool = _POOLS[trunk.global_pool]
-    known_norms = {("LayerNorm", "Identity")} | ({("Identity", "LayerNorm")} if pool == "mean" else set())
-    require("(norm, fc_norm)", norms, tuple(known_norms))
-    require("pos_embed", "none" if trunk.pos_embed is None else "learn", ("learn",))
+    require("the patch embedding", kind(trunk.patch_embed), "PatchEmbed")
+    require("its norm", kind(trunk.patch_embed.norm), "Identity")
+    require("global_pool", trunk.global_pool, *_POOLS)
+    pool, norms = _POOLS[trunk.global_pool], (kind(trunk.norm), kind(trunk.fc_norm))
+    after = [("Identity", "LayerNorm")] if pool == "mean" else []
+    require("(norm, fc_norm)", norms, ("LayerNorm", "Identity"), *after)
+    require("pos_embed", "none" if trunk.pos_embed is None else "learn", "learn")
     epsilons = {module.eps for module in trunk.modules() if kind(module) == "LayerNorm"}
-    require("the number of different norm epsilons", len(epsilons), (1,))
+    require("the number of different norm epsilons", len(epsilons), 1)
     size, patch = trunk.patch_embed.img_size, trunk.patch_embed.patch_size
-    require("patch_size", patch, ((patch[0], patch[0]),))
+    require("patch_size", patch, (patch[0], patch[0]))
     prefix = "none" if trunk.no_embed_class else "all" if trunk.num_reg_tokens else "class"
     config = checked(
         ViTConfig,
@@ -230,7 +228,7 @@ def _read_trunk(trunk: Any, *, where: str) -> Trunk:
         qk_norm=kind(block.attn.q_norm) == "LayerNorm",
         qkv_bias=block.attn.qkv.bias is not None,
         layer_scale=getattr(block.ls1, "init_values", 1e-5) if kind(block.ls1) == "LayerScale" else None,
-        activation="gelu_tanh" if tanh else _GELUS[activation],
+        activation="gelu_tanh" if tanh else _GELUS[kind(block.mlp.act)],
         norm_epsilon=epsilons.pop(),
         whole_patches=not any(side % patch[0] for side in size),
     )
@@ -302,6 +300,13 @@ def layers(config: ViTConfig) -> tuple[Layer, ...]:
     if config.pool == "map":
         found.append(Layer("image/pool", f"{trunk}.attn_pool"))
     return tuple(found)
+
+
+def further_sizes(config: ViTConfig, vision: Mapping[str, Any]) -> tuple[Size, ...]:
+    """Another image size that the trunk reads as it is; its positions are then resampled."""
+    trunk = TRUNKS.get(str(vision["timm_model_name"]).partition(".")[0])
+    rows, columns = image_size(vision)
+    return ((rows + config.patch_size, columns),) if trunk is not None and trunk.dynamic else ()
 
 
 def trunk_for(config: ViTConfig, size: Size, *, headed: bool) -> tuple[str, str] | str:
