@@ -18,7 +18,7 @@ from bvl.convert.torch_format.bundle import bundled
 from bvl.convert.torch_format.compare import load_torch_file
 from bvl.convert.torch_format.known import KNOWN, check_known
 from bvl.data.controls import Controls
-from bvl.data.text import TokenizerConfig
+from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.data.transforms import Preprocess
 from bvl.errors import ConversionError
 from bvl.models.attentional_pool import AttentionalPool
@@ -324,6 +324,26 @@ def test_logits_and_gradients(both, tiny):
     assert all(p.grad is not None for p in peer.parameters())
     scale, bias = peer.logit_scale_and_bias()
     assert scale <= 100 and bias == peer.logit_bias
+
+
+def test_a_tokenizer_without_a_start_token(tiny, tmp_path):
+    """As SigLIP's; and with more rows of the embedding than it has tokens."""
+    tokenizer = Tokenizer(tiny.tokenizer._model, 8, start="")
+    options = dataclasses.replace(tiny.config.data.tokenizer, embedding_rows=400, context_length=8)
+    data = dataclasses.replace(tiny.config.data, tokenizer=options)
+    config = dataclasses.replace(tiny.config, data=data, model=towers(decoder=DECODERS["gpt2"]))
+    shapes = parameter_shapes(build_model(config, tokenizer))
+    params = nested_params({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    export_torch(tmp_path, config=config, params=params, tokenizer=tokenizer)
+    peer = load_torch_file(tmp_path).load(tmp_path)
+    for text in ("a nodule", "one two three four five six seven eight nine ten", ""):
+        ids, mask, _ = tokenizer.encode(text)
+        found = peer.tokenizer.encode(text)
+        np.testing.assert_array_equal(found[0], ids)
+        np.testing.assert_array_equal(found[1], mask)
+    assert len(peer.decoder.token_embed) == 400
+    assert {tokenizer.vocab_size, 399, tokenizer.pad_id} <= set(peer.tokenizer.excluded_ids)
+    assert tokenizer.end_id not in peer.tokenizer.excluded_ids
 
 
 def test_heads_stay_with_the_weights(tiny, tmp_path):

@@ -34,7 +34,7 @@ class Controls:
         prompt: str | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """(ids [p], mask) of the start token and the given controls, padded on the left."""
-        ids = [] if self.tokenizer.start_id is None else [self.tokenizer.start_id]
+        ids = [self.tokenizer.start_id]
         if section is not None:
             sections = self._trained("section", section, self.config["sections"])
             if section not in sections:

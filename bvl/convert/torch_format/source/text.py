@@ -98,6 +98,6 @@ def encode_phrases(tokenizer: Tokenizer, phrases: Sequence[str]) -> tuple[np.nda
     """(ids [p, t], mask, place of the last token of the marked word, or of the last word where none is marked)."""
     read = [read_mark(phrase) for phrase in phrases]
     ids, mask = tokenizer.encode_texts([text for text, _ in read])
-    before = 0 if tokenizer.start_id is None else 1
-    marks = [len(tokenizer.ids(text[:end])) - 1 + before for text, end in read]
+    # The start token is in front.
+    marks = [len(tokenizer.ids(text[:end])) for text, end in read]
     return ids, mask, np.minimum(marks, mask.sum(1) - 2)
