@@ -50,6 +50,8 @@ from bvl.train.wandb_log import WandbLog, import_wandb
 
 logger = logging.getLogger(__name__)
 
+# Name of the evaluation of what training starts from.
+BEFORE = "before"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -154,9 +156,8 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
             adapter=program.adapter,
         )
         if config.eval.before and step == 0:
-            scores = loop.evaluate(state, step, name="before")
-            for name, value in scores.items():
-                logger.info("before training: %s %.4f", name, value)
+            loop.evaluate(state, step, name=BEFORE)
+            logger.info("what training starts from was evaluated: %s", run.evals / f"{BEFORE}.json")
         return loop.run_to_end(state, sums)
     finally:
         checkpoints.close()
