@@ -109,3 +109,11 @@ def bert(T, folder, *, pooler=True, **options):
 
 def masked_lm(T, folder, **options):
     return write(T.BertForMaskedLM(T.BertConfig(**TEXT | options)), folder, special=BERT_SPECIAL)
+
+
+def clip_vision(T, folder, **options):
+    return write(T.CLIPVisionModel(T.CLIPVisionConfig(**VISION | options)), folder)
+
+
+def siglip_vision(T, folder, **options):
+    return write(T.SiglipVisionModel(T.SiglipVisionConfig(**VISION | options)), folder)

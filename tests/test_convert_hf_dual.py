@@ -202,6 +202,19 @@ def test_what_siglip_and_dual_encoders_cannot_be(tmp_path):
     refused(edited(folder, "vision_config", model_type="swin"), "model_type='swin'", "vit", "dinov2")
 
 
+def test_weights_in_bfloat16(broken):
+    """Read as the float32 values that they are."""
+    from safetensors.torch import load_file, save_file
+
+    path = broken / "model.safetensors"
+    tensors = {name: x.bfloat16() for name, x in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    params = import_model(f"hf:{broken}").params["model"]
+    kernel = np.asarray(params["image_projection"]["kernel"])
+    assert kernel.dtype == np.float32
+    np.testing.assert_array_equal(kernel, tensors["visual_projection.weight"].float().numpy().T)
+
+
 def test_sizes_of_the_towers_are_those_of_the_config(clip_folder):
     model = import_model(f"hf:{clip_folder}").config.model
     assert model.image.sizes == (VISION["hidden_size"], 2, 3, VISION["intermediate_size"])

@@ -14,12 +14,14 @@ pytest.importorskip("transformers")
 from convert_hf_peers import (  # noqa: E402
     TEXT,
     bert,
+    clip_vision,
     dinov2,
     dinov2_registers,
     edit_config,
     edit_weights,
     masked_lm,
     proven,
+    siglip_vision,
     vit,
 )
 
@@ -27,7 +29,6 @@ from bvl.assembly import build_model  # noqa: E402
 from bvl.convert.importing import import_model  # noqa: E402
 from bvl.convert.peers import import_peer  # noqa: E402
 from bvl.errors import ConversionError  # noqa: E402
-from bvl.models.bert import MlmTransform  # noqa: E402
 
 torch.set_num_threads(1)
 transformers = import_peer("transformers", what="the test")
@@ -106,6 +107,12 @@ def test_dinov2_with_registers(tmp_path):
     assert set(imported.unread) == {"embeddings.mask_token"}
 
 
+@pytest.mark.parametrize(("write", "pool"), [(clip_vision, "cls"), (siglip_vision, "map")])
+def test_towers_of_clip_and_siglip(tmp_path, write, pool):
+    imported, _ = proven(write(transformers, tmp_path, num_hidden_layers=1))
+    assert imported.config.model.image.pool == pool
+
+
 def test_bert_is_averaged_and_its_pooler_left(tmp_path):
     imported, _ = proven(bert(transformers, tmp_path, hidden_act="gelu_new", layer_norm_eps=1e-5))
     assert imported.config.model.text.pool == "mean"
@@ -128,25 +135,12 @@ def language_model(tmp_path_factory):
 
 
 def test_masked_language_model(language_model):
-    imported, _ = proven(language_model)
+    imported, found = proven(language_model)
     task = imported.config.tasks["mlm"]
     assert (task.norm_epsilon, task.activation) == (1e-3, "gelu")
     assert "next-sentence" in imported.unread["cls.seq_relationship.weight"]
-    rng = np.random.default_rng(0)
-    tokens, mask = rng.integers(0, 46, (2, 8)).astype(np.int32), np.ones((2, 8), bool)
-    model, head = build_model(imported.config, imported.tokenizer), imported.params["heads"]["mlm"]
-
-    def logits(params, head):
-        need = frozenset({"tokens"})
-        hidden = model.apply({"params": params}, tokens, mask, need, method="encode_text").tokens
-        hidden = MlmTransform(task.norm_epsilon, task.activation).apply({"params": head["transform"]}, hidden)
-        return hidden @ params["text"]["token_embed"].T + head["bias"]["bias"]
-
-    ours = jax.jit(logits)(imported.params["model"], head)
-    peer = transformers.BertForMaskedLM.from_pretrained(language_model).eval()
-    with torch.no_grad():
-        theirs = peer(torch.from_numpy(tokens).long()).logits.numpy()
-    np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max())
+    assert any(d.ours == "logits" for d in found)
+    assert np.asarray(imported.params["heads"]["mlm"]["bias"]["bias"]).any()
 
 
 def test_a_decoder_that_is_not_the_embedding_is_refused(language_model, tmp_path):

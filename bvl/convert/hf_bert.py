@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -359,7 +360,13 @@ class BertForMaskedLM(Bert):
         return load_peer("BertForMaskedLM", folder)
 
     def towers(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> tuple[Tower, ...]:
-        return (bert_tower(model.text, "bert.", lambda peer: peer.bert),)
+        tower = bert_tower(model.text, "bert.", lambda peer: peer.bert)
+
+        def run(peer: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+            out = dict(tower.run(peer, inputs))
+            return out | {"logits": peer.cls(out["tokens"])}
+
+        return (dataclasses.replace(tower, run=run),)
 
 
 FAMILIES = (BertForMaskedLM(), Bert())

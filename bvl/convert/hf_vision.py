@@ -1,4 +1,4 @@
-"""Image towers alone: ViTModel, Dinov2Model (RAD-DINO's layout) and Dinov2WithRegistersModel of transformers."""
+"""Image towers of transformers alone: ViTModel, Dinov2Model (RAD-DINO's layout), Dinov2WithRegistersModel, CLIP's and SigLIP's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from bvl.models.vlm import DualEncoderConfig
 
 
 class ImageTower(Family):
-    """One class of image tower; its embedding is the class token behind the final norm."""
+    """One class of image tower; its embedding is the class token behind the final norm, SigLIP's what its head pools."""
 
     library = "hf"
 
@@ -108,4 +108,4 @@ def image_tower(
     return Tower("image", layers, run, tower.sizes(config, image_size))
 
 
-FAMILIES = tuple(ImageTower(VISION[name]) for name in ("vit", "dinov2", "dinov2_with_registers"))
+FAMILIES = tuple(map(ImageTower, VISION.values()))

@@ -20,6 +20,7 @@ from bvl.convert.peers import import_peer
 from bvl.convert.table import flat_params, nested_params, split_layers
 from bvl.data.text import Tokenizer
 from bvl.errors import ConversionError
+from bvl.models.bert import MlmTransform
 from bvl.models.vlm import DualEncoder
 
 
@@ -148,6 +149,7 @@ class _Ours:
         self.model: DualEncoder = build_model(self.config, tokenizer)
         flat = {name: np.asarray(x) for name, x in flat_params(params).items()}
         self.params = nested_params(split_layers(flat))["model"]
+        self.mlm_head = (params.get("heads") or {}).get("mlm")
 
     def run(self, tower: Tower, probe: Probe) -> dict[str, np.ndarray]:
         """The outputs of every layer of a tower by its path, and the tower's outputs by their names."""
@@ -165,12 +167,20 @@ class _Ours:
                     name == "__call__" and "/".join(module.path) in wanted
                 ),
             )
+            if tower.name == "text" and self.mlm_head is not None:
+                outputs["logits"] = self._mlm_logits(params, outputs["tokens"])
             return outputs, state.get("intermediates", {})
 
         with jax.default_matmul_precision("highest"):
             outputs, captured = jax.jit(forward)(self.params, probe.pixels, probe.tokens, probe.mask)
         layers = {path: _at(captured, path) for path in wanted}
         return {name: np.asarray(x, np.float32) for name, x in {**outputs, **layers}.items() if x is not None}
+
+    def _mlm_logits(self, params: Any, hidden: Float[jax.Array, "b t d"]) -> Float[jax.Array, "b t v"]:
+        """What the head of the task "mlm" makes of hidden states (bvl/tasks/mlm.py)."""
+        task, head = self.config.tasks["mlm"], self.mlm_head
+        hidden = MlmTransform(task.norm_epsilon, task.activation).apply({"params": head["transform"]}, hidden)
+        return hidden @ params["text"]["token_embed"].T + head["bias"]["bias"]
 
     def scale_and_bias(self) -> tuple[float, float]:
         scale, bias = self.model.apply({"params": self.params}, method="logit_scale_and_bias")
