@@ -120,7 +120,7 @@ def read_vision(vision: Mapping[str, Any], *, where: str) -> tuple[ViTConfig, st
     known_options(vision, VIT_OPTIONS | TIMM_OPTIONS, where=where)
     expect(
         vision,
-        {"timm_proj": ("linear", "none", ""), "timm_drop": (0.0, 0), "timm_pool": ("avg", "token", "map", "")},
+        {"timm_proj": ("linear", "none", "", None), "timm_drop": (0.0, 0), "timm_pool": ("avg", "token", "map", "")},
         where=where,
     )  # fmt: skip
     name = str(vision["timm_model_name"]).partition(".")[0]
