@@ -141,7 +141,7 @@ class Runner:
 
     def starts(self) -> int:
         """How often training got to its first step, so far."""
-        return self.log().count("M parameters on ")
+        return self.log().count("M parameters, ")
 
     def logged(self) -> int:
         """How many rows of metrics all processes together have shown."""

@@ -29,6 +29,7 @@ VERBS = [
     ["data"],
     ["data", "phantoms"],
     ["data", "show"],
+    ["convert"],
 ]
 
 
