@@ -11,10 +11,11 @@ from bvl.cli.options import add_verb, checkpoint_of, positive
 def add_convert(verbs) -> None:
     """Add the verb that converts."""
     convert = add_verb(verbs, "convert", _convert, "take over a model of open_clip or transformers, or hand one on, with a proof",
-                    "bvl convert open_clip:biomedclip runs/biomedclip\n"
-                    "  bvl convert runs/mine handed_on --to hf")  # fmt: skip
+                    "bvl convert open_clip:biomedclip runs/biomedclip")  # fmt: skip
     convert.add_argument(
-        "source", metavar="SRC", help="open_clip:DIR, hf:DIR, hf-hub:NAME, or a run folder (with --to)"
+        "source",
+        metavar="SRC",
+        help="open_clip:DIR, hf:DIR, hf-hub:NAME, or a run folder (with --to, as in: bvl convert runs/mine handed_on --to hf)",
     )
     convert.add_argument("out", metavar="OUT", help="folder to write")
     convert.add_argument(

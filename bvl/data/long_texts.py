@@ -40,7 +40,7 @@ def split_to_context(text: str, tokenizer: Tokenizer) -> list[str]:
     A piece is as many consecutive sentences as fit. A sentence that is too long by itself is split at words, a
     word that is too long within. No word is left out.
     """
-    room = tokenizer.context_length - 2
+    room = tokenizer.room
 
     def fits(piece: str) -> bool:
         return tokenizer.lengths([piece])[0] <= room

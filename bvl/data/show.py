@@ -91,8 +91,7 @@ def _make_tokenizer(config: DataConfig, sets: list[RecordSet], needs: frozenset[
     """The one a fresh run would have; None where there is no text."""
     options = config.tokenizer
     if options.path is not None:
-        loaded = Tokenizer.load(options.path, options.context_length, options.lowercase)
-        return loaded.with_tokens(config.controls.tokens())
+        return Tokenizer.of(options.path, options).with_tokens(config.controls.tokens())
     regions = config.regions if needs & REGION_NEEDS else None
     texts = list(training_texts(sets, config.controls, regions))
     return Tokenizer.train(texts, options, config.controls.tokens()) if texts else None

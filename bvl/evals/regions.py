@@ -150,7 +150,7 @@ def phrases_to_find(
     lists = {i: [phrase for phrase in of(i) if absent or phrase.present] for i in indices}
     distinct = list({phrase.text: None for phrases in lists.values() for phrase in phrases})
     lengths = components.tokenizer.lengths([read_mark(text)[0] for text in distinct]) if distinct else []
-    longest = components.tokenizer.context_length - 2
+    longest = components.tokenizer.room
     fits = {text for text, length in zip(distinct, lengths, strict=True) if length <= longest}
     count = sum(map(len, lists.values()))
     lists = {i: [phrase for phrase in phrases if phrase.text in fits] for i, phrases in lists.items()}

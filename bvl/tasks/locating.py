@@ -499,7 +499,7 @@ def _phrase_lists(
             if not isinstance(phrase, str) or not phrase.strip():
                 raise UserError(f"phrase {phrase!r} of image {i}: give a text that is not empty")
     distinct = list(dict.fromkeys(phrase for row in lists for phrase in row))
-    longest = components.tokenizer.context_length - 2
+    longest = components.tokenizer.room
     texts = [read_mark(phrase)[0] for phrase in distinct]
     for phrase, length in zip(distinct, components.tokenizer.lengths(texts), strict=True):
         if length > longest:
