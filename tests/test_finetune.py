@@ -1,7 +1,9 @@
 """configs/finetune.py and the config that a run takes over from other models."""
 
 import ast
+import contextlib
 import dataclasses
+import io
 import json
 import shlex
 import shutil
@@ -83,17 +85,18 @@ def overrides(source, pairs, workdir, *more):
 
 @pytest.fixture(scope="module")
 def tuned(source, pairs, tmp_path_factory):
-    """Two steps with low-rank factors, by the command line; what it printed."""
+    """(model, words, run folder, what was printed) of steps with low-rank factors by the command line."""
     copy = shutil.copytree(source, tmp_path_factory.mktemp("gone") / "source")
     workdir = tmp_path_factory.mktemp("tuned") / "run"
     words = overrides(copy, pairs, workdir, "steps=3", "checkpoint.every=2", "optim.lora.rank=2")
-    assert main(["train", f"{CONFIG}:recipe=lora", *words]) == 0
-    return copy, words, workdir
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["train", f"{CONFIG}:recipe=lora", *words]) == 0
+    return copy, words, workdir, printed.getvalue()
 
 
 def test_a_model_is_tuned_on_pairs(tuned, source):
     """Towers, tokenizer and preprocessing are those of the model; the metrics before training are kept."""
-    _, _, run = tuned
+    _, _, run, _ = tuned
     config, theirs = (json.loads((folder / "config.json").read_text()) for folder in (run, source))
     assert config["model"] == theirs["model"]
     assert config["data"]["preprocess"] == theirs["data"]["preprocess"]
@@ -113,11 +116,10 @@ def test_a_model_is_tuned_on_pairs(tuned, source):
 
 
 def test_both_columns(tuned, capsys):
-    _, _, run = tuned
+    _, _, run, printed = tuned
     before, after = (json.loads((run / name).read_text()) for name in ("eval/before.json", "eval.json"))
-    print_table(after, before=before)
-    lines = capsys.readouterr().out.splitlines()
-    assert "before" in lines[1] and "value" in lines[1]
+    lines = printed.splitlines()
+    assert any("before" in line and "value" in line for line in lines)
     name = "retrieval_held_out/t2i_r5"
     row = next(line for line in lines if f" {name} " in line)
     assert f"{before[name]:.4f}" in row and f"{after[name]:.4f}" in row
@@ -126,7 +128,7 @@ def test_both_columns(tuned, capsys):
 
 
 def test_a_resume_needs_no_source(tuned, tmp_path):
-    copy, words, run = tuned
+    copy, words, run, _ = tuned
     here = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(here / "checkpoints" / "3")
     shutil.rmtree(copy)

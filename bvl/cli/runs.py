@@ -87,12 +87,14 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     from bvl.evals.table import print_captions, print_table, read_examples
     from bvl.runs import RunFolder
-    from bvl.train.loop import train
+    from bvl.train.loop import BEFORE, train
 
     code = train(config, force=args.force)
     run = RunFolder(config.workdir)
     if code == 0 and run.eval.is_file():
-        print_table(json.loads(run.eval.read_text()))
+        start = run.evals / f"{BEFORE}.json"
+        before = json.loads(start.read_text()) if config.eval.before and start.is_file() else None
+        print_table(json.loads(run.eval.read_text()), before=before)
         print_captions(read_examples(run, tuple(config.eval.suites)))
     return code
 
