@@ -19,6 +19,7 @@ from bvl.convert.report import Report
 from bvl.convert.torch_format.compare import compare_torch
 from bvl.convert.torch_format.export import export_torch
 from bvl.errors import ConversionError
+from bvl.models.text import TextConfig
 from bvl.runs import Components, RunFolder, components_of, save_components, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,9 @@ def import_run(
     imported = import_model(spec, context_length=context_length)
     if check:
         import_peer(LIBRARIES[imported.source.library], what="the proof (--no-check does without)")
-    save_components(components_of(imported), out)
+    # First what can fail, so that no folder is left that nobody has compared.
     report = _import_report(imported, spec, out, check, tolerance)
+    save_components(components_of(imported), out)
     write_atomic(out / "parity.json", json.dumps(report.to_dict(), indent=2) + "\n")
     return report
 
@@ -72,6 +74,7 @@ def _import_report(
             preprocess=None if config.model.image is None else config.data.preprocess,
             tokenizer=tokenizer if _reads_text(config) else None,
             words_alone=_words_alone(config, source.library),
+            padding=_reads_padding(config),
         )
     return Report(
         str(spec),
@@ -146,6 +149,7 @@ def export(
                 preprocess=None if config.model.image is None else preprocess,
                 tokenizer=tokenizer if _reads_text(config) else None,
                 words_alone=_words_alone(config, format),
+                padding=_reads_padding(config),
             )
         report = Report(
             source,
@@ -172,6 +176,8 @@ def export(
         parity=report.to_dict(),
         how_to_load=how_to_load,
         extra=notes,
+        step=components.step,
+        weights_hash=components.weights_hash() if run and run.eval.is_file() else None,
     )
     write_atomic(out / "README.md", card)
     return report
@@ -180,12 +186,16 @@ def export(
 def _export_torch(
     components: Components, out: Path, *, model: Any, source: str, check: bool, tolerance: Tolerance
 ) -> Report:
+    calibration = components.calibration
+    if calibration is not None and calibration.get("weights_hash") != components.weights_hash():
+        logger.warning("calibration.json is of other weights than these, so it is not exported")
+        calibration = None
     converted = export_torch(
         out,
         config=components.config,
         params=components.params,
         tokenizer=components.tokenizer,
-        calibration=components.calibration,
+        calibration=calibration,
     )
     differences = None
     if check:
@@ -211,6 +221,12 @@ def _reads_text(config: Any) -> bool:
 def _words_alone(config: Any, library: str) -> bool:
     """Whether the tokens around a text are the task's matter: tokenizers of language models often add none."""
     return library == "hf" and config.model.text is None
+
+
+def _reads_padding(config: Any) -> bool:
+    """Whether what stands behind a text changes its embedding."""
+    text = config.model.text
+    return isinstance(text, TextConfig) and text.attend_padding and (not text.causal or text.pool == "last")
 
 
 def _check_free(out: Path) -> None:

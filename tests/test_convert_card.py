@@ -60,6 +60,7 @@ def test_what_a_card_says(config):
     assert "| figures | a \\| b | 2 |" in card and "| older |" not in card
     assert "6 steps of 8 examples" in card and "contrastive (Contrastive)" in card
     assert "name adamw, lr 0.001" in card and "started from: runs/before" in card
+    assert "What runs/before was trained on before is not in the table." in card
     assert "2 start(s), on gpu:A" in card and "jax 0.10.2" in card
     assert (
         table_row(card, "retrieval_held/i2t_r1") == "| retrieval_held/i2t_r1 | 0.1235 | 0.1 to 0.2 | 0.005 |"
@@ -76,6 +77,17 @@ def test_what_the_library_rounds_otherwise_is_said(config):
     assert said in model_card(config, format="hf", how_to_load="load")
     assert said not in model_card(config, format="open_clip", how_to_load="load")
     assert said not in model_card(config, format="torch")
+
+
+def test_another_checkpoint_is_not_praised_for_the_last(config):
+    """Numbers of other parameters are left out, and the steps are those that were done."""
+    evaluation = EVALUATION | {"retrieval_held/provenance": {"weights_hash": "of the last", "step": 6}}
+    said = dict(format="torch", env=ENV, evaluation=evaluation)
+    last = model_card(config, **said, step=6, weights_hash="of the last")
+    assert "retrieval_held/i2t_r1" in last and "- 6 steps of 8" in last
+    earlier = model_card(config, **said, step=2, weights_hash="of the second")
+    assert "retrieval_held" not in earlier and "not evaluated; its run was, at step 6" in earlier
+    assert "- 2 of 6 steps of 8" in earlier
 
 
 def test_what_is_not_known_is_said(config):
@@ -101,3 +113,5 @@ def test_a_model_without_texts_or_with_a_decoder(config):
     image_only = dataclasses.replace(config.model, text=None, text_projection="none")
     card = model_card(dataclasses.replace(config, model=image_only), format="torch")
     assert "an image tower." in card and "## Texts" not in card and "text:" not in card
+    language = dataclasses.replace(model, image=None, text=None)
+    assert "unit norm" not in model_card(dataclasses.replace(config, model=language), format="torch")

@@ -239,6 +239,10 @@ def test_calibration_belongs_to_its_weights(ours, module, tmp_path, caplog):
     model.save(tmp_path)
     assert np.isnan(module.load(tmp_path).ground(images, phrases)[0].p_values).all()
     assert "other weights" in caplog.text
+    # That of a run's last step is not handed on with an earlier one.
+    stale = Model(dataclasses.replace(ours.components, calibration=calibration | {"weights_hash": "another"}))
+    stale.export(tmp_path / "stale", "torch", check=False)
+    assert not (tmp_path / "stale" / "calibration.json").exists()
 
 
 PREPROCESS = {

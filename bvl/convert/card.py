@@ -44,12 +44,14 @@ def model_card(
     parity: Mapping[str, Any] | None = None,
     how_to_load: str | None = None,
     extra: Iterable[str] = (),
+    step: int | None = None,
+    weights_hash: str | None = None,
 ) -> str:
     """Markdown that says what a folder holds, how to load it, what it was made of and how good it is.
 
     env, evaluation: the content of the run's env.json and eval.json. parity: of the export's parity.json.
     how_to_load: lines of Python; None for the plain PyTorch file. extra: further paragraphs, such as what to do after
-    the folder is moved.
+    the folder is moved. step, weights_hash: of the parameters that were exported; evaluations of others are left out.
     """
     towers = [name for name in ("image", "text", "decoder") if getattr(config.model, name, None) is not None]
     parts = [
@@ -64,11 +66,11 @@ def model_card(
         _bullets(_architecture(config)),
         *_inputs(config, format),
         "## Data",
-        *_data(env),
+        *_data(config, env),
         "## Training",
-        *_training(config, env),
+        *_training(config, env, step),
         "## Evaluation",
-        *_evaluation(evaluation),
+        *_evaluation(evaluation, weights_hash),
         "## Is it the same model?",
         *_parity(parity),
         "## Limits",
@@ -88,7 +90,9 @@ def _architecture(config: Config) -> list[str]:
             given = {name: getattr(part, name, None) for name in _ARCHITECTURE}
             said = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
             lines.append(f"{field.name}: {type(part).__name__.removesuffix('Config')} ({said})")
-    return [*lines, f"embeddings: {config.model.embed_dim} numbers of unit norm"]
+    if config.model.image is not None or config.model.embeds_text:
+        lines.append(f"embeddings: {config.model.embed_dim} numbers of unit norm")
+    return lines
 
 
 def _inputs(config: Config, format: str) -> list[str]:
@@ -120,7 +124,7 @@ def _inputs(config: Config, format: str) -> list[str]:
     return parts
 
 
-def _data(env: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None) -> list[str]:
+def _data(config: Config, env: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None) -> list[str]:
     """Which sources, how many records, under which licences: as the run's last start counted them."""
     starts = _starts(env)
     licences = starts[-1].get("licences") if starts else None
@@ -131,13 +135,18 @@ def _data(env: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None) -> list[s
         for source, counts in licences.items()
         for licence, count in counts.items()
     ]
-    return [
+    parts = [
         _table(("source", "licence", "records"), rows),
         "The licences are those that the records state; they may bind what is done with the weights.",
     ]
+    if config.init_sources:
+        parts.append(f"What {', '.join(config.init_sources)} was trained on before is not in the table.")
+    return parts
 
 
-def _training(config: Config, env: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None) -> list[str]:
+def _training(
+    config: Config, env: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None, step: int | None
+) -> list[str]:
     starts = _starts(env)
     if not starts:
         return [
@@ -150,9 +159,10 @@ def _training(config: Config, env: Sequence[Mapping[str, Any]] | Mapping[str, An
         if (value := getattr(config.optim, name, None)) not in (None, (), {})
     )
     sources = ", ".join(config.init_sources) or "random values"
+    done = "" if step in (None, config.steps) else f"{step} of "
     lines = [
         f"tasks: {tasks}",
-        f"{config.steps} steps of {config.batch_size} examples, {config.precision}",
+        f"{done}{config.steps} steps of {config.batch_size} examples, {config.precision}",
         f"optimiser: {optim}",
         f"started from: {sources}",
         f"seed {config.seed}, {len(starts)} start(s), on {', '.join(starts[-1].get('devices', ())) or 'unknown devices'}",
@@ -173,9 +183,18 @@ def _described(task: Any) -> str:
     return ", ".join([type(task).__name__, *options])
 
 
-def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
-    rows = []
-    for name, value in (evaluation or {}).items():
+def _evaluation(evaluation: Mapping[str, Any] | None, weights_hash: str | None) -> list[str]:
+    rows, evaluation = [], evaluation or {}
+    # Suites that were run on other parameters, such as those of a later step.
+    others = {
+        f"{suite}/": provenance.get("step")
+        for name, provenance in evaluation.items()
+        for suite, _, end in [name.rpartition("/")]
+        if end == "provenance" and weights_hash not in (None, provenance.get("weights_hash"))
+    }
+    for name, value in evaluation.items():
+        if name.startswith(tuple(others)):
+            continue
         if not isinstance(value, int | float) or name.endswith("/chance"):
             continue
         interval, chance = evaluation.get(f"{name}/ci95"), evaluation.get(f"{name}/chance")
@@ -190,7 +209,8 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
             )
         )
     if not rows:
-        return ["This model was not evaluated."]
+        steps = ", ".join(map(str, dict.fromkeys(others.values())))
+        return [f"This model was not evaluated{f'; its run was, at step {steps}' if others else ''}."]
     return [
         _table(("metric", "value", "95 % interval", "chance"), rows),
         "Intervals are bootstrapped by patient, or by image where a set names no patients.",
