@@ -309,6 +309,22 @@ def test_image_positions_are_resampled(towers):
     assert diff.notes == ["model/image/positions: resampled from a grid of (2, 2) to (3, 3)"]
 
 
+def test_positions_of_another_size_than_the_images(tokenizer):
+    """They stay, where position_size says their grid; else they are resampled as the model itself does it."""
+    image = dataclasses.replace(BASE.model.image, position_size=(64, 48), position_resize="plain")
+    there = changed(BASE, image=image)
+    source = model_of(there, 11, tokenizer)
+    larger = {"preprocess": Preprocess(image_size=48)}
+    old = source.params["model"]["image"]["positions"]
+    params, _, diff = started(changed(there, data=larger), {"source": source})
+    np.testing.assert_array_equal(params["model"]["image"]["positions"], old)
+    assert not diff.notes
+    image = dataclasses.replace(image, position_size=None)
+    params, _, _ = started(changed(there, data=larger, image=image), {"source": source})
+    expected = resize_positions(old, (4, 3), (3, 3), how="plain")
+    np.testing.assert_allclose(params["model"]["image"]["positions"], expected, atol=1e-6)
+
+
 def test_a_run_writes_and_logs_what_it_took(first_run, tmp_path, caplog):
     config = tiny_config(
         tmp_path / "run", steps=1, init_from=str(first_run), init_exclude=("text_projection",), optim=FROZEN

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from bvl.config import Config
 from bvl.mesh import replicated
 from bvl.models.grid import resize_positions
+from bvl.models.vit import ViTConfig
 
 # Tables whose rows are told by their number alone; what is added to a vocabulary stands at its end.
 _ROWS = re.compile(r"model/(text|decoder)/token_embed$|model/decoder/head$")
@@ -39,10 +40,14 @@ def fitted(
 ) -> Any:
     """A parameter of another model for this one's image size, vocabulary and context; `note` is told what was done."""
     if name.startswith("model/image/") and name.endswith("/positions"):
-        grids = [c.model.image.grid(c.data.preprocess.height_width) for c in (there, here)]
+        grids = [_position_grid(c) for c in (there, here)]
         if grids[0] != grids[1]:
             note(f"{name}: resampled from a grid of {grids[0]} to {grids[1]}")
-            value = resize_positions(jnp.asarray(value), *grids)
+            # As the other model itself reads images of this size.
+            how = (
+                there.model.image.position_resize if isinstance(there.model.image, ViTConfig) else "antialias"
+            )
+            value = resize_positions(jnp.asarray(value), *grids, how=how)
         return value
     if value.shape[1:] != fresh.shape[1:] or len(value.shape) != 2:
         return value
@@ -66,6 +71,11 @@ def fitted(
     if rows < len(value):
         note(f"{name}: the first {rows} of {len(value)} rows")
     return value[:rows]
+
+
+def _position_grid(config: Config) -> tuple[int, int]:
+    image, size = config.model.image, config.data.preprocess.height_width
+    return image.position_grid(size) if isinstance(image, ViTConfig) else image.grid(size)
 
 
 def _longer_text(name: str, there: Config, here: Config) -> bool:
