@@ -6,12 +6,14 @@
 `init_from` is open_clip:DIR, hf:DIR or a run folder; of several with commas between, such as hf:VISION,hf:BERT, each
 tower is that of the last model that has one. Towers, preprocessing, tokenizer and context come from there, and can
 be changed as in any config: data.preprocess.image_size=336, data.tokenizer.context_length=248 (positions are resized).
+The context is often longer than your texts (512 tokens of a BERT, 1024 of a language model); fewer are faster.
 `data.root` is a CSV with the columns `image` and `text`, or a folder with records.jsonl. Without a `split` a tenth
 is held out by patient, as in configs/own_data.py; retrieval is measured on it before and after.
 
     recipe=full          all parameters, 3e-5
     recipe=frozen_tower  all but one tower (LiT: Zhai et al. 2022, arXiv:2111.07991): tower=image or text stays
-    recipe=layer_decay   all parameters, deeper layers slower: 0.75 a layer (BEiT: Bao et al. 2022, arXiv:2106.08254)
+    recipe=layer_decay   all parameters, each layer at 0.75 of the rate of the one above it (BEiT: Bao et al. 2022,
+                         arXiv:2106.08254)
     recipe=lora          low-rank factors of attention's queries and values (Hu et al. 2021, arXiv:2106.09685); what is
                          saved are ordinary parameters
     recipe=low_rate      all parameters, 1e-5 and constant (PubMedCLIP: Eslami et al. 2021, arXiv:2112.13906)
@@ -33,6 +35,7 @@ from bvl.evals.retrieval import Retrieval
 from bvl.evals.zeroshot import ZeroShot
 from bvl.train.lora import LoraConfig
 from bvl.train.optim import OptimConfig
+from bvl.train.parameters import SEES
 from bvl.train.source_config import source_config
 
 WARM_UP = dict(warmup_steps=50, weight_decay=0.05)
@@ -43,8 +46,6 @@ RECIPES = {
     "lora": OptimConfig(lr=5e-4, lora=LoraConfig(), warmup_steps=50, weight_decay=0.0),
     "low_rate": OptimConfig(lr=1e-5, schedule="constant", warmup_steps=50, weight_decay=5e-4),
 }
-# How a language model learns to see, which no low-rank factor could.
-SEES = r"^model/decoder/(visual_tokens|block_\d+/cross(_norm)?)/"
 
 
 def get_config(arg: str | None = None, *, init_from=None, workdir=None) -> Config:
@@ -62,6 +63,7 @@ def get_config(arg: str | None = None, *, init_from=None, workdir=None) -> Confi
             raise ConfigError(f"tower={knobs.tower}: the model of init_from has none")
         optim = dataclasses.replace(optim, freeze=(f"^model/{knobs.tower}/",))
     if optim.lora is not None and source.fresh_decoder_parts:
+        # No low-rank factor could learn it.
         lora = dataclasses.replace(optim.lora, train=(*optim.lora.train, SEES))
         optim = dataclasses.replace(optim, lora=lora)
     held_out = Source(split="val", text="class_prompt" if knobs.labels else "caption")

@@ -371,6 +371,25 @@ def test_layer_wise_decay_of_a_hybrid():
     }  # fmt: skip
 
 
+def test_layer_wise_decay_of_a_captioner():
+    """Pooling has the full rate whatever its kind; so has how a decoder sees, and its own layers stand one above
+    the other."""
+    shapes = {
+        "model/image/cls": (4,), "model/image/stack/block_0/mlp/up/kernel": (4, 4),
+        "model/image/attentional_pool/queries": (3, 4), "model/decoder/token_embed": (9, 4),
+        "model/decoder/block_0/mlp/up/kernel": (4, 4), "model/decoder/block_1/mlp/up/kernel": (4, 4),
+        "model/decoder/block_1/cross/query/kernel": (4, 4), "model/decoder/visual_tokens/null": (4,),
+        "model/decoder/unimodal_norm/scale": (4,), "model/decoder/norm/scale": (4,), "model/decoder/head": (9, 4),
+    }  # fmt: skip
+    factors = layer_factors(shapes, 0.5)
+    assert {name.removeprefix("model/"): factors.get(name, 1.0) for name in shapes} == {
+        "image/cls": 0.25, "image/stack/block_0/mlp/up/kernel": 0.5, "image/attentional_pool/queries": 1.0,
+        "decoder/token_embed": 0.125, "decoder/block_0/mlp/up/kernel": 0.25, "decoder/block_1/mlp/up/kernel": 0.5,
+        "decoder/block_1/cross/query/kernel": 1.0, "decoder/visual_tokens/null": 1.0,
+        "decoder/unimodal_norm/scale": 1.0, "decoder/norm/scale": 1.0, "decoder/head": 1.0,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ("adamw", "sgd"))
 def test_schedule_free(name):
     """The same as optax's own without decay; with it, decay is masked; factors of the rate reach z."""

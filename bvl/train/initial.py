@@ -27,15 +27,13 @@ from bvl.data.text import Tokenizer
 from bvl.errors import CheckpointError, ConfigError
 from bvl.runs import Components, RunFolder, load_components, write_atomic
 from bvl.train.fitting import fitted
-from bvl.train.parameters import map_by_name, named_leaves
+from bvl.train.parameters import SEES, map_by_name, named_leaves
 
 logger = logging.getLogger(__name__)
 
 FILE = "init.json"
 # Parts with a row for each token; the tokenizer is that of the model they come from.
 VOCABULARIES = ("text", "decoder")
-# What a language model alone has not.
-_SEES = re.compile(r"model/decoder/(visual_tokens|block_\d+/cross(_norm)?)/")
 _SHOWN = 8
 
 
@@ -254,7 +252,7 @@ def initial_params(start: Start, config: Config, fresh: Any, mesh: Mesh) -> tupl
             diff.new[name] = "heads are of the tasks of this run"
         elif "_projection/" in name and not _has_module(given[spec], name):
             diff.new[name] = f"{spec} has no projection"
-        elif _SEES.match(name) and start.sources[spec].config.model.image is None:
+        elif re.match(SEES, name) and start.sources[spec].config.model.image is None:
             diff.new[name] = f"{spec} reads no images"
         elif name not in wrong[spec]:
             wrong[spec][name] = ("absent", _shape(own[name]))

@@ -47,7 +47,8 @@ class OptimConfig:
     parameters of two axes or more that match no `no_decay` pattern.
     Patterns are regular expressions searched in names such as "model/image/stack/block_0/mlp/up/kernel".
     lr_multipliers: pattern -> factor of the learning rate (first match counts). layer_decay: each layer of a tower
-    learns at this fraction of the rate of the layer above it. freeze: patterns without gradient, update or state.
+    or decoder learns at this fraction of the rate of the layer above it. freeze: patterns without gradient, update or
+    state.
     lora: train low-rank factors of some kernels in place of the parameters (bvl/train/lora.py); patterns that match
     a kernel count for its factors.
     accumulate: microbatches a step; gradients are those of the whole batch, except that batch norms see a microbatch.

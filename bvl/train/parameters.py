@@ -12,13 +12,15 @@ import numpy as np
 
 # Batch norms write these themselves (as values sown in "statistics"); no gradient leads to them.
 STATISTICS = re.compile(r"running_(mean|var)$")
-TOWERS = ("model/image/", "model/text/")
+TOWERS = ("model/image/", "model/text/", "model/decoder/")
+# How a decoder sees images, which a language model has yet to learn.
+SEES = r"^model/decoder/(visual_tokens|block_\d+/(cross(_norm)?|visual_norm|image_mlp(_norm)?))/"
 # What the names of low-rank factors begin with; the kernel's own name follows (bvl/train/lora.py).
 LORA = "lora/"
 
 _LAYER = re.compile(r"(stage|layer|block)_(\d+)(?:_block_(\d+))?")
 # What follows the last layer of a tower; all else outside the layers embeds its input.
-_TOP = re.compile(r"(norm|pool|pooler|head)$")
+_TOP = re.compile(r"((unimodal_)?norm|(attentional_)?pool|pooler|head)$")
 # A hybrid embeds the patches of its second last stage's map: part of the last stage's first layer.
 _BETWEEN_STAGES = re.compile(r"patch_|positions$")
 
@@ -78,10 +80,10 @@ def group_of(name: str) -> str:
 
 
 def layer_factors(shapes: dict[str, tuple[int, ...]], decay: float) -> dict[str, float | np.ndarray]:
-    """name -> decay ** (layers between the parameter and its tower's end), for the parameters of both towers.
+    """name -> decay ** (layers between the parameter and its tower's end), for the parameters of towers and decoder.
 
-    With n layers the embeddings get decay ** (n + 1), layer i of 0..n-1 decay ** (n - i), the last norm, the pooling
-    and all outside the towers 1 (BEiT: Bao et al. 2022, arXiv:2106.08254, appendix). A layer is a `block_i` of a
+    With n layers the embeddings get decay ** (n + 1), layer i of 0..n-1 decay ** (n - i), the last norm, the pooling,
+    how a decoder sees images and all outside the towers 1 (BEiT: Bao et al. 2022, arXiv:2106.08254, appendix). A layer is a `block_i` of a
     transformer or a `stage_i_block_j` of a ResNet or hybrid, in the order of the numbers; scanned `blocks` get one
     factor for each entry of their leading axis. What embeds a hybrid's patches has the rate of the block above it.
     Low-rank factors have their kernel's.
@@ -96,7 +98,7 @@ def layer_factors(shapes: dict[str, tuple[int, ...]], decay: float) -> dict[str,
         layers = {
             name: _layers_of(name.removeprefix(tower), shape)
             for name, shape in shapes.items()
-            if name.startswith(tower)
+            if name.startswith(tower) and not re.match(SEES, name)
         }
         stages = [layer for found in layers.values() for layer in found if not layer[0]]
         for name in layers:
