@@ -55,11 +55,45 @@ def test_shards(tmp_path):
 def test_weights_of_torch(tmp_path):
     torch = pytest.importorskip("torch")
     state = {"module.a": torch.arange(6.0).reshape(2, 3), "module.b": torch.tensor(0.5, dtype=torch.bfloat16)}
-    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "pytorch_model.bin")
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "epoch_3.pt")
+    with pytest.raises(ConversionError, match="has no weights"):
+        open_weights(tmp_path)
+    (tmp_path / "epoch_3.pt").rename(tmp_path / "pytorch_model.bin")
     found = open_weights(tmp_path)
     assert dict(found.shapes) == {"a": (2, 3), "b": ()}
     np.testing.assert_array_equal(found.load("a"), ARRAYS["a"])
     assert found.load("b") == 0.5
+
+
+def test_what_training_puts_in_front_of_all_names(tmp_path):
+    state = {f"module._orig_mod.{name}": x for name, x in ARRAYS.items()}
+    safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
+    assert set(open_weights(tmp_path).shapes) == set(ARRAYS)
+    safetensors.numpy.save_file({**state, "c": ARRAYS["a"]}, tmp_path / "model.safetensors")
+    assert "module._orig_mod.a" in open_weights(tmp_path).shapes
+
+
+def test_one_model_for_both_libraries(tmp_path):
+    """Each library finds its own file, and open_clip one of any name."""
+    safetensors.numpy.save_file({"hf": ARRAYS["a"]}, tmp_path / "model.safetensors")
+    safetensors.numpy.save_file({"open_clip": ARRAYS["a"]}, tmp_path / "open_clip_model.safetensors")
+    assert set(open_weights(tmp_path).shapes) == {"hf"}
+    assert set(open_weights(tmp_path, "open_clip").shapes) == {"open_clip"}
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConversionError, match=r"has no weights.*open_clip_model\.safetensors"):
+        open_weights(tmp_path)
+    (tmp_path / "open_clip_model.safetensors").rename(tmp_path / "mine.safetensors")
+    assert set(open_weights(tmp_path, "open_clip").shapes) == {"open_clip"}
+    (tmp_path / "other.bin").touch()
+    with pytest.raises(ConversionError, match=r"several files of weights \(mine\.safetensors, other\.bin\)"):
+        open_weights(tmp_path, "open_clip")
+
+
+@pytest.mark.parametrize("places", [["a"], {"a": 3}, {"a": ["one"]}, "ab", None])
+def test_damaged_indices_are_errors(tmp_path, places):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ConversionError, match="is no index of shards"):
+        open_weights(tmp_path)
 
 
 class Evil:

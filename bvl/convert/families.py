@@ -29,7 +29,7 @@ class Source:
 
     def tensors(self) -> Tensors:
         """The weights, not loaded yet."""
-        return open_weights(self.folder)
+        return open_weights(self.folder, self.library)
 
     def json(self, name: str) -> dict[str, Any]:
         """A further JSON file of the folder; empty where there is none."""
@@ -52,7 +52,8 @@ def read_json(path: Path) -> dict[str, Any]:
 class TextFacts:
     """What the tokenizer of a foreign model must be.
 
-    kind: which rules of reading text and which special tokens ("clip", "siglip", "bert", "gpt2", "llama", "any").
+    kind: which rules of reading text and which special tokens ("clip", "siglip", "bert", "gpt2", "llama", "qwen2",
+      "any").
     embedding_rows: of the token embedding; the tokenizer must not have more tokens.
     start_id, end_id, pad_id: as the foreign config says, None where it does not; start_id=-1: texts have no start token.
     """

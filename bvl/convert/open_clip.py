@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +23,7 @@ from bvl.convert.open_clip_towers import checked, known_options
 from bvl.convert.peers import import_peer
 from bvl.convert.preprocess import from_open_clip
 from bvl.convert.table import Row, Table, Unread, linear, table
-from bvl.convert.tensors import Tensors
+from bvl.convert.tensors import Tensors, weights_file
 from bvl.data.text import Tokenizer
 from bvl.errors import ConversionError
 from bvl.models.bert import BertConfig
@@ -82,13 +84,9 @@ class _DualEncoder(Family):
 
     def accepts(self, source: Source) -> bool:
         cfg = source.config.get("model_cfg")
-        if (
-            not isinstance(cfg, Mapping)
-            or "multimodal_cfg" in cfg
-            or not isinstance(cfg.get("text_cfg"), Mapping)
-        ):
-            return not self.custom and "multimodal_cfg" not in (cfg or {})
-        return is_custom(cfg) == self.custom
+        if not isinstance(cfg, Mapping) or not isinstance(cfg.get("text_cfg"), Mapping):
+            return not self.custom  # which then says what is missing
+        return is_custom(cfg) == self.custom and "multimodal_cfg" not in cfg
 
     def describe(self, source: Source) -> Described:
         where = str(source.folder)
@@ -261,13 +259,32 @@ def _text_table(model: DualEncoderConfig, text: Mapping[str, Any], prefix: str) 
 def load_folder(folder: Path) -> Any:
     """The model of a folder as open_clip makes it; raises ConversionError with what open_clip says."""
     open_clip = import_peer("open_clip", what="the proof")
-    try:
-        return open_clip.create_model(f"local-dir:{folder}", precision="fp32").eval()
-    except Exception as error:  # whatever a class there may raise for a config or weights that do not fit it
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        raise ConversionError(
-            f"open_clip cannot load {folder}: {' '.join(lines[:3]) or type(error).__name__}"
-        ) from error
+    with _readable(folder) as readable:
+        try:
+            return open_clip.create_model(f"local-dir:{readable}", precision="fp32").eval()
+        except (
+            Exception
+        ) as error:  # whatever a class there may raise for a config or weights that do not fit it
+            lines = [line for line in str(error).strip().splitlines() if line.strip()]
+            raise ConversionError(
+                f"open_clip cannot load {folder}: {' '.join(lines[:3]) or type(error).__name__}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[Path]:
+    """The folder, or one with its weights under a name that open_clip looks for, where it would make random ones."""
+    path = weights_file(folder, "open_clip")
+    if path.suffix != ".pt":
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        here = Path(temporary)
+        for file in folder.iterdir():
+            if file.is_file():
+                name = "open_clip_pytorch_model.bin" if file == path else file.name
+                (here / name).symlink_to(file.absolute())
+        yield here
 
 
 def encode_image(peer: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

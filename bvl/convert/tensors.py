@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -15,16 +16,31 @@ import safetensors.numpy
 from bvl.convert.peers import import_peer
 from bvl.errors import ConversionError
 
-# In the order in which they are looked for; with an index the file lies in shards.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "model.safetensors.index.json",
-    "open_clip_pytorch_model.safetensors",
-    "pytorch_model.bin",
-    "open_clip_pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+# In the order in which each library looks for them; with an index the file lies in shards. A public folder often holds
+# one model for both libraries.
+WEIGHT_FILES = {
+    "hf": (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ),
+    "open_clip": (
+        "open_clip_model.safetensors",
+        "open_clip_pytorch_model.safetensors",
+        "open_clip_pytorch_model.bin",
+        "open_clip_pytorch_model.pth",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "pytorch_model.pth",
+        "model.pth",
+        "model.safetensors.index.json",
+    ),
+}
+# What open_clip takes under any other name, and what its training writes.
+_ANY_NAME = (".safetensors", ".bin", ".pth", ".pt")
+# What training on several devices and compilation put in front of all names.
+_WRAPPERS = ("module.", "_orig_mod.")
 
 _DTYPES = {
     "F64": np.float64,
@@ -38,6 +54,7 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_TORCH_DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +72,41 @@ class Tensors:
         )
 
 
-def open_weights(folder: Path) -> Tensors:
-    """The weights in a folder, not loaded yet; raises ConversionError where there are none, or damaged ones."""
+def open_weights(folder: Path, library: Literal["open_clip", "hf"] = "hf") -> Tensors:
+    """The weights in a folder, not loaded yet, as a library finds them.
+
+    Raises ConversionError where there are none, or damaged ones, or several and nothing says which.
+    """
     if not folder.is_dir():
         raise ConversionError(f"no folder {folder}")
-    for name in WEIGHT_FILES:
+    path = weights_file(folder, library)
+    found = _open_shards(path) if path.name.endswith(".index.json") else _open_file(path)
+    if not found.shapes:
+        raise ConversionError(f"{path} holds no tensors")
+    while wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in found.shapes)), None):
+        found = found.renamed(lambda name, wrapper=wrapper: name.removeprefix(wrapper))
+    return found
+
+
+def weights_file(folder: Path, library: Literal["open_clip", "hf"]) -> Path:
+    """The file of weights, or the index of their shards, that a library reads; raises as `open_weights` does."""
+    for name in WEIGHT_FILES[library]:
         if (folder / name).is_file():
-            break
-    else:
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+            return folder / name
+    others = [p for p in sorted(folder.iterdir()) if p.suffix in _ANY_NAME and p.is_file()]
+    if library != "open_clip":
+        others = []
+    if len(others) == 1:
+        return others[0]
+    if others:
         raise ConversionError(
-            f"{folder} has no weights: looked for {', '.join(WEIGHT_FILES)}; there are: {there}"
+            f"{folder} has several files of weights ({', '.join(p.name for p in others)}); name the one that is meant "
+            f"{WEIGHT_FILES[library][0]} (or .bin: {WEIGHT_FILES[library][2]})"
         )
-    if name.endswith(".index.json"):
-        return _open_shards(folder / name)
-    return _open_file(folder / name)
+    there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    raise ConversionError(
+        f"{folder} has no weights: looked for {', '.join(WEIGHT_FILES[library])}; there are: {there}"
+    )
 
 
 def _open_file(path: Path) -> Tensors:
@@ -78,11 +115,14 @@ def _open_file(path: Path) -> Tensors:
 
 def _open_shards(index: Path) -> Tensors:
     try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        names = sorted(set(places.values()))
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("names of files must be texts")
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{index} is no index of shards: {error!r}") from error
     files: dict[str, Tensors] = {}
-    for name in sorted(set(places.values())):
+    for name in names:
         path = index.parent / name
         if not path.is_file():
             raise ConversionError(f"{index} names the shard {name}, which is missing beside it")
@@ -135,6 +175,10 @@ def _open_torch(path: Path) -> Tensors:
     tensors = {k: v for k, v in loaded.items() if torch.is_tensor(v)} if isinstance(loaded, dict) else {}
     if not tensors:
         raise ConversionError(f"{path} holds no tensors by name")
+    known = {getattr(torch, name) for name in _TORCH_DTYPES}
+    unknown = sorted({str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in known})
+    if unknown:
+        raise ConversionError(f"{path} has tensors of type {', '.join(unknown)}, which bvl does not read")
 
     def load(name: str) -> np.ndarray:
         tensor = tensors[name].detach()
@@ -142,9 +186,7 @@ def _open_torch(path: Path) -> Tensors:
             tensor = tensor.float()
         return tensor.numpy()
 
-    found = Tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, load)
-    # Of a model that was trained on several devices.
-    return found.renamed(lambda name: name.removeprefix("module."))
+    return Tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, load)
 
 
 def _load_old(torch, path: Path):
