@@ -11,11 +11,13 @@ from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.convert import open_clip_timm
 from bvl.convert.importing import import_model
+from bvl.convert.inputs_parity import compare_inputs
 from bvl.convert.open_clip_towers import mlp_ratio
 from bvl.convert.parity import prove
 from bvl.convert.peers import import_peer
 from bvl.convert.registry import family_of, open_source
 from bvl.convert.table import flat_params
+from bvl.data.text import Tokenizer
 from bvl.errors import ConversionError
 
 torch = pytest.importorskip("torch")
@@ -89,8 +91,8 @@ def copy(folders, tmp_path):
             (tmp_path / name).write_bytes((source / name).read_bytes())
         config = json.loads((source / "open_clip_config.json").read_text())
         for part, values in changes.items():
-            config["model_cfg"].setdefault(part, {})
             if isinstance(values, dict):
+                config["model_cfg"].setdefault(part, {})
                 config["model_cfg"][part] |= values
             else:
                 config["model_cfg"][part] = values
@@ -240,6 +242,63 @@ def test_configs_that_are_not_complete(folders, tmp_path):
         (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
         with pytest.raises(ConversionError, match=named):
             import_model(f"open_clip:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"vision_cfg": {"width": "x"}}, "vision_cfg: width='x' is no whole number"),
+        ({"vision_cfg": {"head_width": 0}}, "head_width=0 is no whole number of at least 1"),
+        ({"vision_cfg": {"image_size": [16]}}, r"image_size=\[16\] is no number of pixels"),
+        ({"vision_cfg": {"layers": None}}, "layers=None is no whole number"),
+        ({"vision_cfg": {"norm_kwargs": {"eps": "x"}}}, "norm_kwargs: eps='x' is no number"),
+        ({"vision_cfg": None}, "vision_cfg=None is no JSON object"),
+        ({"text_cfg": {"context_length": 9.5}}, "context_length=9.5 is no whole number"),
+        ({"text_cfg": {"pool_type": 3}}, "pool_type=3 is no name"),
+        ({"quick_gelu": "yes"}, "quick_gelu='yes' is no true or false"),
+        ({"text_cfg": {"eos_id": "x"}}, "eos_id='x' is no id of a token"),
+    ],
+)
+def test_values_of_another_kind_are_named(copy, changes, named):
+    with pytest.raises(ConversionError, match=named):
+        import_model(copy("quick gelu, not square", **changes))
+
+
+def test_a_training_checkpoint_of_any_name(folders, tmp_path):
+    """open_clip itself does not look for .pt and would make random weights; the proof gives it the file by another name."""
+    source = folders("quick gelu, not square")
+    for name in ("tokenizer.json", "tokenizer_config.json", "open_clip_config.json"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    state = safetensors_torch.load_file(source / "open_clip_model.safetensors")
+    state = {f"module.{name}": x for name, x in state.items()}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "epoch_3.pt")
+    check(import_model(f"open_clip:{tmp_path}"))
+
+
+def test_a_tokenizer_that_open_clip_would_not_read_is_not_compared(folders):
+    """Without a name in text_cfg open_clip takes its own vocabulary, which this model has no embeddings for."""
+    imported = import_model(f"open_clip:{folders('quick gelu, not square')}")
+    source = imported.source
+    found = compare_inputs(
+        "open_clip", source.folder, source.config, preprocess=None, tokenizer=imported.tokenizer
+    )
+    assert found.texts is None and "49408 tokens for 40 embeddings" in found.why["tokens"]
+
+
+def test_padding_is_compared_where_it_is_read(copy):
+    """SigLIP's towers see it: another token there is another embedding."""
+    imported = import_model(copy("map head", text_cfg={"hf_tokenizer_name": "made/up"}))
+    tokenizer = imported.tokenizer
+    wrong = Tokenizer(tokenizer.model(), tokenizer.context_length, start="[CLS]", end="[SEP]", pad="[UNK]")
+
+    def texts(tokenizer, **options):
+        source = imported.source
+        return compare_inputs(
+            "open_clip", source.folder, source.config, preprocess=None, tokenizer=tokenizer, **options
+        ).texts
+
+    assert texts(tokenizer, padding=True) == () == texts(wrong)
+    assert texts(wrong, padding=True)
 
 
 def test_what_open_clips_loader_puts_right(copy, folders):

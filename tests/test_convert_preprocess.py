@@ -196,6 +196,9 @@ def test_older_and_newer_files_of_transformers(tmp_path):
         ({"do_pad": True}, "do_pad=True"),
         ({"image_mean": [0.5, 0.5]}, "mean is"),
         ({"rescale_factor": -1}, "rescale_factor=-1"),
+        ({"rescale_factor": "x"}, "another kind: .*'x'"),
+        ({"resample": [1]}, "another kind"),
+        ({"size": {"shortest_edge": "x"}}, "another kind"),
     ],
 )
 def test_what_transformers_asks_for_in_vain(config, match):
@@ -210,6 +213,7 @@ def test_what_transformers_asks_for_in_vain(config, match):
         ({"interpolation": "nearest"}, "interpolation='nearest'"),
         ({"mode": "L"}, "mode='L'"),
         ({"std": [0.5, 0.5, 0]}, "std is"),
+        ({"mean": {"r": 1}, "resize_mode": []}, "another kind"),
     ],
 )
 def test_what_open_clip_asks_for_in_vain(config, match):

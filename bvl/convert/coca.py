@@ -110,7 +110,8 @@ class CoCa(Family):
     config_file = "open_clip_config.json"
 
     def accepts(self, source: Source) -> bool:
-        return "multimodal_cfg" in (source.config.get("model_cfg") or {})
+        cfg = source.config.get("model_cfg")
+        return isinstance(cfg, Mapping) and "multimodal_cfg" in cfg
 
     def describe(self, source: Source) -> Described:
         where = str(source.folder)

@@ -13,7 +13,8 @@ import numpy as np
 
 from bvl.assembly import build_model, parameter_shapes
 from bvl.config import Config, from_dict
-from bvl.convert.families import Described, Family, Source, TextFacts
+from bvl.convert.families import Described, Family, Source
+from bvl.convert.kinds import check_kinds
 from bvl.convert.registry import family_of, open_source
 from bvl.convert.table import Converted, Table, join_layers, nested_params, split_layers, to_ours
 from bvl.convert.tensors import Tensors
@@ -22,6 +23,7 @@ from bvl.data.pipeline import DataConfig
 from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.data.transforms import Preprocess
 from bvl.errors import ConversionError
+from bvl.models.text import TextConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +45,15 @@ class Imported:
 def import_model(spec: str | Path, *, context_length: int | None = None) -> Imported:
     """Read the folder that a spec ("open_clip:DIR", "hf:DIR", "hf-hub:NAME") names.
 
-    context_length: of the texts, where it shall be shorter than the model allows.
+    context_length: of the texts, where it shall be shorter than the model allows (BERT and rotary positions).
     Raises ConversionError for a folder that is none, an architecture or option that is not known, and tensors that
     are missing, left over or of another shape.
     """
     source = open_source(spec)
     family = family_of(source)
+    check_kinds(source.config, where=str(source.folder))
     described = family.describe(source)
-    tokenizer, options = _tokenizer(source, described.text, context_length)
+    tokenizer, options = _tokenizer(source, described, context_length)
     config = config_of(described, options)
     tensors = family.tensors(source)
     table = family.table(described.model, source.config)
@@ -61,8 +64,9 @@ def import_model(spec: str | Path, *, context_length: int | None = None) -> Impo
 
 
 def _tokenizer(
-    source: Source, facts: TextFacts | None, context_length: int | None
+    source: Source, described: Described, context_length: int | None
 ) -> tuple[Tokenizer, TokenizerConfig]:
+    facts, model = described.text, described.model
     if facts is None:
         options = TokenizerConfig()
         return Tokenizer.without_words(options.context_length), options
@@ -71,6 +75,12 @@ def _tokenizer(
             raise ConversionError(
                 f"context_length={context_length}: {source.folder} takes 3 to {facts.context_length} tokens; for longer "
                 "texts start a training run from it with data.tokenizer.context_length, which stretches its positions"
+            )
+        learned = model.decoder is not None and model.decoder.layout != "prefix"
+        if context_length < facts.context_length and (learned or isinstance(model.text, TextConfig)):
+            raise ConversionError(
+                f"context_length={context_length}: {source.folder} has a position embedding for each of its "
+                f"{facts.context_length} tokens and reads texts of that length alone; leave the option out"
             )
     text_cfg = source.config["model_cfg"].get("text_cfg", {}) if source.library == "open_clip" else None
     return read_tokenizer(

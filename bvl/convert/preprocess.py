@@ -65,6 +65,15 @@ def from_open_clip(preprocess_cfg: Mapping[str, Any] | None, image_size: int | t
     image_size: of the model, which open_clip uses whatever the entry's `size` says.
     Raises ConversionError naming an option and its value.
     """
+    try:
+        return _from_open_clip(preprocess_cfg, image_size)
+    except (TypeError, ValueError, AttributeError) as error:  # a text for a number, and the like
+        raise ConversionError(f"preprocess_cfg has a value of another kind: {error}") from error
+
+
+def _from_open_clip(
+    preprocess_cfg: Mapping[str, Any] | None, image_size: int | tuple[int, int]
+) -> Preprocess:
     given = {key: value for key, value in (preprocess_cfg or {}).items() if value is not None}
     resize_mode, interpolation = given.get("resize_mode", "shortest"), given.get("interpolation", "bicubic")
     if given.get("mode", "RGB") != "RGB":
@@ -146,6 +155,13 @@ def from_hf(config: Mapping[str, Any], *, default_class: str = "CLIPImageProcess
     config: the content of preprocessor_config.json. default_class: the class where the file names none.
     Raises ConversionError naming an option and its value.
     """
+    try:
+        return _from_hf(config, default_class)
+    except (TypeError, ValueError, AttributeError) as error:  # a text for a number, and the like
+        raise ConversionError(f"preprocessor_config.json has a value of another kind: {error}") from error
+
+
+def _from_hf(config: Mapping[str, Any], default_class: str) -> Preprocess:
     name = config.get("image_processor_type") or config.get("feature_extractor_type") or default_class
     name = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if name not in _PROCESSORS:

@@ -65,7 +65,8 @@ def family_of(source: Source) -> Family:
     for family in known:
         if family.accepts(source):
             return family
-    named = source.config.get("architectures") or [source.config.get("model_type", "not named")]
+    named = source.config.get("architectures") or source.config.get("model_type", "not named")
+    named = named if isinstance(named, list) else [named]
     raise ConversionError(
         f"{source.folder}: the architecture ({', '.join(map(str, named))}) is not known; of {source.library} bvl reads "
         f"{', '.join(family.name for family in known)}"
