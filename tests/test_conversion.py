@@ -106,14 +106,24 @@ def test_a_tolerance_of_nothing_is_not_met(gpt2, tmp_path):
 
 
 def test_other_pixels_or_ids_are_a_failure(gpt2, tmp_path, monkeypatch):
-    def other(folder, foreign, context_length, words_alone):
-        return lambda text: [0] * context_length
+    def other(folder, foreign, tokenizer, words_alone, padding):
+        return lambda text: [0] * tokenizer.context_length
 
     monkeypatch.setitem(bvl.convert.inputs_parity._tokens, "hf", other)
     report = import_run(f"hf:{gpt2}", tmp_path / "run")
     assert not report.passed and report.first_departure is None
     assert any("tokens: DIFFERENT" in line for line in report.lines())
     assert report.lines()[-1].startswith("FAILED: the models agree, but")
+
+
+def test_a_proof_that_breaks_off_leaves_no_folder(gpt2, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ConversionError("the library cannot load it")
+
+    monkeypatch.setattr(bvl.conversion, "prove", broken)
+    with pytest.raises(ConversionError, match="cannot load it"):
+        import_run(f"hf:{gpt2}", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_taken_over(gpt2, tmp_path):
@@ -137,6 +147,8 @@ def test_what_cannot_be_taken_over(gpt2, tmp_path):
         import_run(f"hf:{gpt2}", tmp_path)
     with pytest.raises(ConversionError, match="context_length=12.*3 to 11"):
         import_model(f"hf:{gpt2}", context_length=12)
+    with pytest.raises(ConversionError, match=r"context_length=5: .* position embedding for each of its 11"):
+        import_model(f"hf:{gpt2}", context_length=5)
 
 
 def test_a_folder_without_a_prefix_is_recognised(gpt2):

@@ -86,6 +86,12 @@ def test_every_layer_and_the_logits_are_equal(write, case):
     assert {d.ours for d in differences} >= {"decoder/block_0", "decoder/block_1", "decoder/norm", "logits"}
 
 
+def test_the_tokenizer_is_read_by_the_rules_of_the_family(write):
+    for name, options, kind in (("Qwen2ForCausalLM", LLAMA, "qwen2"), ("LlamaForCausalLM", LLAMA, "llama")):
+        source = open_source(f"hf:{write(name, options)}")
+        assert family_of(source).describe(source).text.kind == kind
+
+
 def test_bfloat16_and_the_names_of_the_first_checkpoints(write):
     """A folder of the class without a head, with the buffers that old versions wrote."""
     folder = write("GPT2LMHeadModel", GPT2, dtype=torch.bfloat16)

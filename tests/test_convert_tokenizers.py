@@ -360,6 +360,27 @@ def test_a_tokenizer_of_another_model(tmp_path):
         read_tokenizer(tmp_path, facts("clip", end_id=7), context_length=CONTEXT)
 
 
+def test_a_padding_that_the_model_does_not_hide(tmp_path):
+    """open_clip hides by id what pads; transformers' own models are given a mask."""
+    write_hf_tokenizer(
+        tmp_path, Tokenizer.train(TEXTS, TokenizerConfig(vocab_size=200, context_length=CONTEXT))
+    )
+    options = {"context_length": CONTEXT, "text_cfg": {"hf_tokenizer_name": "local"}}
+    assert read_tokenizer(tmp_path, facts("bert", pad_id=0), **options)[0].pad_id == 0
+    with pytest.raises(
+        ConversionError, match=r"padded with the token 0 \('\[PAD\]'\), and the model hides 5"
+    ):
+        read_tokenizer(tmp_path, facts("bert", pad_id=5), **options)
+    assert read_tokenizer(tmp_path, facts("bert", pad_id=5), context_length=CONTEXT)[0].pad_id == 0
+
+
+def test_a_vocabulary_without_its_unknown_token(tmp_path):
+    words = {name: i for i, name in enumerate(("[PAD]", "[CLS]", "[SEP]"))}
+    tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConversionError, match="no text can be read with it.*UNK"):
+        read_tokenizer(tmp_path, facts("gpt2"), context_length=CONTEXT)
+
+
 def test_missing_and_damaged_files(tmp_path, monkeypatch):
     def read(**text_cfg):
         read_tokenizer(tmp_path, facts("clip"), context_length=CONTEXT, text_cfg=text_cfg or None)

@@ -153,6 +153,7 @@ class LanguageModel(Family):
 
     library = "hf"
     base: ClassVar[str] = "model."
+    # Also the kind of its tokenizer.
     model_type: ClassVar[str]
     blocks: ClassVar[str] = "model.layers"
     last_norm: ClassVar[str] = "model.norm"
@@ -204,7 +205,7 @@ class Gpt2(LanguageModel):
             model=DualEncoderConfig(image=None, text=None, decoder=gpt2_decoder(foreign, where=where)),
             preprocess=None,
             text=TextFacts(
-                "gpt2",
+                self.model_type,
                 gpt2_positions(foreign) - 1,
                 foreign.get("vocab_size", 50257),
                 foreign.get("bos_token_id", 50256),
@@ -237,7 +238,7 @@ class Llama(LanguageModel):
             model=DualEncoderConfig(image=None, text=None, decoder=self.decoder(given, where=where)),
             preprocess=None,
             text=TextFacts(
-                "llama",
+                self.model_type,
                 min(longest - 1, ROTARY_CONTEXT),
                 given["vocab_size"],
                 given["bos_token_id"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from bvl.convert.clip_text import BPE_TOKENS
 from bvl.convert.families import Library
 from bvl.convert.peers import import_peer
 from bvl.data.text import Tokenizer
@@ -49,23 +49,31 @@ def compare_inputs(
     preprocess: Preprocess | None,
     tokenizer: Tokenizer | None,
     words_alone: bool = False,
+    padding: bool = False,
 ) -> InputsParity:
     """Compare preprocessing and tokenizer with those that the library reads from the folder; None is not compared.
 
-    words_alone: compare the ids of the words, without the tokens before and after them.
+    words_alone: compare the ids of the words, without the tokens before and after them. padding: compare what stands
+    behind a text too, which some models read.
     """
     why: dict[str, str] = {}
     grey_levels = texts = None
     if preprocess is not None:
-        transform = _guarded(_pixels[library], why, "pixels", folder, foreign, preprocess.height_width)
-        if transform is not None:
-            grey_levels = max(_grey_levels(transform, preprocess, image) for image in probe_images())
+
+        def pixels() -> float:
+            transform = _pixels[library](folder, foreign, preprocess.height_width)
+            return max(_grey_levels(transform, preprocess, image) for image in probe_images())
+
+        grey_levels = _guarded(pixels, why, "pixels")
     if tokenizer is not None:
-        encode = _guarded(
-            _tokens[library], why, "tokens", folder, foreign, tokenizer.context_length, words_alone
-        )
-        if encode is not None:
-            texts = tuple(text for text in PROBE_TEXTS if not _same_ids(encode, tokenizer, text, words_alone))
+
+        def differing() -> tuple[str, ...]:
+            encode = _tokens[library](folder, foreign, tokenizer, words_alone, padding)
+            return tuple(
+                text for text in PROBE_TEXTS if not _same_ids(encode, tokenizer, text, words_alone, padding)
+            )
+
+        texts = _guarded(differing, why, "tokens")
     return InputsParity(grey_levels, texts, why)
 
 
@@ -91,19 +99,21 @@ def _grey_levels(
     return float(np.abs(np.rint(theirs * 255.0) - ours).max())
 
 
-def _same_ids(encode: Callable[[str], list[int]], tokenizer: Tokenizer, text: str, words_alone: bool) -> bool:
-    """Equal up to the end of the text; what pads behind it is read by nobody, and differs between versions."""
+def _same_ids(
+    encode: Callable[[str], list[int]], tokenizer: Tokenizer, text: str, words_alone: bool, padding: bool
+) -> bool:
+    """Equal up to the end of the text, or to that of its padding; who does not read it may have another there."""
     if words_alone:
         return encode(text) == tokenizer.ids(text)[: tokenizer.context_length]
     ids, mask, _ = tokenizer.encode(text)
-    used = int(mask.sum())
+    used = len(ids) if padding else int(mask.sum())
     return encode(text)[:used] == ids[:used].tolist()
 
 
-def _guarded(make: Callable[..., Any], why: dict[str, str], part: str, folder: Path, *args: Any) -> Any:
-    """What `make` gives, or None with the reason where the folder has nothing that the library could read."""
+def _guarded(compare: Callable[[], Any], why: dict[str, str], part: str) -> Any:
+    """What `compare` gives, or None with the reason where the folder has nothing that the library could read."""
     try:
-        return make(folder, *args)
+        return compare()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         lines = str(error).strip().splitlines()
         why[part] = lines[0][:200] if lines else type(error).__name__
@@ -122,11 +132,19 @@ def _open_clip_pixels(folder: Path, foreign: Mapping[str, Any], size: tuple[int,
 
 
 def _open_clip_tokens(
-    folder: Path, foreign: Mapping[str, Any], context_length: int, words_alone: bool
+    folder: Path, foreign: Mapping[str, Any], tokenizer: Tokenizer, words_alone: bool, padding: bool
 ) -> Callable[[str], list[int]]:
     open_clip = import_peer("open_clip", what="the proof")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder.absolute()}", context_length=context_length)
-    return lambda text: tokenizer([text])[0].tolist()
+    text_cfg = foreign["model_cfg"]["text_cfg"]
+    rows = text_cfg.get("vocab_size", BPE_TOKENS)
+    if not text_cfg.get("hf_tokenizer_name") and rows < BPE_TOKENS:
+        raise ValueError(
+            f"text_cfg names no tokenizer, and open_clip's own has {BPE_TOKENS} tokens for {rows} embeddings"
+        )
+    theirs = open_clip.get_tokenizer(
+        f"local-dir:{folder.absolute()}", context_length=tokenizer.context_length
+    )
+    return lambda text: theirs([text])[0].tolist()
 
 
 def _hf_pixels(folder: Path, foreign: Mapping[str, Any], size: tuple[int, int]) -> Callable:
@@ -143,13 +161,14 @@ def _hf_pixels(folder: Path, foreign: Mapping[str, Any], size: tuple[int, int]) 
 
 
 def _hf_tokens(
-    folder: Path, foreign: Mapping[str, Any], context_length: int, words_alone: bool
+    folder: Path, foreign: Mapping[str, Any], tokenizer: Tokenizer, words_alone: bool, padding: bool
 ) -> Callable[[str], list[int]]:
     transformers = import_peer("transformers", what="the proof")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    options = dict(truncation=True, max_length=context_length, add_special_tokens=not words_alone)
-    encode = functools.partial(tokenizer, **options)
-    return lambda text: list(encode(text)["input_ids"])
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    options: dict[str, Any] = {"truncation": True, "max_length": tokenizer.context_length}
+    if padding:
+        options["padding"] = "max_length"
+    return lambda text: list(theirs(text, add_special_tokens=not words_alone, **options)["input_ids"])
 
 
 _pixels = {"open_clip": _open_clip_pixels, "hf": _hf_pixels}

@@ -71,6 +71,12 @@ def read_tokenizer(
         tokenizer = Tokenizer(model, context_length, **roles)
     except (ConfigError, DataError) as error:
         raise ConversionError(f"{where}: {error}") from error
+    try:
+        tokenizer.ids("a text")
+    except (
+        Exception
+    ) as error:  # the library raises plain Exception for a vocabulary without its unknown token
+        raise ConversionError(f"{where}: no text can be read with it: {error}") from error
     if tokenizer.vocab_size > facts.embedding_rows:
         raise ConversionError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {facts.embedding_rows} "
@@ -80,6 +86,12 @@ def read_tokenizer(
         raise ConversionError(
             f"{where}: texts end with the token {tokenizer.end_id} ({tokenizer.token(tokenizer.end_id)!r}), and the "
             f"model looks for {facts.end_id} as their end"
+        )
+    if text_cfg is not None and facts.pad_id not in (None, tokenizer.pad_id):
+        # open_clip makes its masks of the ids alone.
+        raise ConversionError(
+            f"{where}: texts are padded with the token {tokenizer.pad_id} ({tokenizer.token(tokenizer.pad_id)!r}), and "
+            f"the model hides {facts.pad_id} (pad_token_id of the BERT, pad_id of a CoCa's text_cfg) as padding"
         )
     if facts.embedding_rows > tokenizer.vocab_size:
         options = dataclasses.replace(options, embedding_rows=facts.embedding_rows)
