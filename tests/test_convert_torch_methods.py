@@ -490,6 +490,10 @@ def test_what_a_model_cannot_do(ours, module, tmp_path):
         (lambda m, x: m.describe(x, points=[[[0.5, 0.5]]]), "3 images"),
         (lambda m, x: m.describe(x), "give one of boxes"),
         (lambda m, x: m.describe(x, boxes=[[], [], []]), "no regions"),
+        *(
+            (lambda m, x, name=name: getattr(m, name)([], ["a"]), "at least one")
+            for name in ("ground", "segment", "detect", "heat_maps")
+        ),
         (lambda m, x: m.ground(x, "a"), "list of phrases"),
         (lambda m, x: m.ground(x, [" "]), "not empty"),
         (lambda m, x: m.ground(x, ["w " * 40]), "shorten"),

@@ -173,3 +173,11 @@ def several(images: Iterable[Any]) -> list[Any]:
     if one or (isinstance(images, np.ndarray) and images.ndim != 4):
         raise UserError("give a list of images (or an array [n, h, w, 3]); for a single image write [image]")
     return list(images)
+
+
+def at_least_one(images: Iterable[Any]) -> list[Any]:
+    """As `several`; UserError where there is none."""
+    images = several(images)
+    if not images:
+        raise UserError("no images: give at least one")
+    return images

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from bvl.convert.torch_format.source.embedding import Embedder, predicts, several
+from bvl.convert.torch_format.source.embedding import Embedder, at_least_one, predicts, several
 from bvl.convert.torch_format.source.errors import UserError, logger
 from bvl.convert.torch_format.source.layers import sigmoid
 from bvl.convert.torch_format.source.locating import (
@@ -178,7 +178,7 @@ class Model(Embedder):
             raise UserError("this model was trained without boxes of phrases; find masks by `segment`")
         if not 0 < alpha < 1:
             raise UserError(f"alpha={alpha}: the share of absent phrases that may be found must lie in 0..1")
-        found = locate(self, several(images), phrases, batch_size)
+        found = locate(self, at_least_one(images), phrases, batch_size)
         return [Grounded(one.boxes, *judge_presence(one.presence, self.negatives, alpha)) for one in found]
 
     @predicts
@@ -188,7 +188,7 @@ class Model(Embedder):
             raise UserError("this model was trained without masks of phrases")
         return [
             sigmoid(one.shown.to_original_pixels(one.mask_logits, outside=-np.inf))
-            for one in locate(self, several(images), phrases, batch_size)
+            for one in locate(self, at_least_one(images), phrases, batch_size)
         ]
 
     @predicts
@@ -214,7 +214,7 @@ class Model(Embedder):
         names = list(dict.fromkeys(read_mark(name)[0] for name in names))
         found = detect_objects(
             self,
-            several(images),
+            at_least_one(images),
             names,
             threshold=threshold,
             iou_threshold=iou_threshold,
@@ -241,7 +241,7 @@ class Model(Embedder):
         self.need_task("heat_maps")
         if sigma < 0:
             raise UserError(f"sigma={sigma}: must not be negative")
-        images = several(images)
+        images = at_least_one(images)
         lists = phrase_lists(self, phrases, len(images))
         others = [[]] * len(images) if against is None else phrase_lists(self, against, len(images))
         if against is not None and any(len(a) != len(b) for a, b in zip(lists, others, strict=True)):
