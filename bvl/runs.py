@@ -24,7 +24,7 @@ from bvl import config as config_lib
 from bvl.assembly import build_model, embedding_rows
 from bvl.checkpoint import Checkpoints, complete_steps
 from bvl.convert.importing import Imported, import_model
-from bvl.convert.registry import is_foreign
+from bvl.convert.registry import is_foreign, looks_foreign
 from bvl.data.images import open_image
 from bvl.data.text import Tokenizer
 from bvl.data.transforms import Preprocess, Transformed, apply
@@ -245,6 +245,10 @@ def load_components(
     if is_foreign(spec):
         return components_of(import_model(spec))
     run = RunFolder(spec)
+    if looks_foreign(run.path):
+        raise RunFolderError(
+            f"{run.path} is no run folder but a model of another library: write open_clip:{run.path} or hf:{run.path}"
+        )
     if not run.config.is_file():
         there = (
             ", ".join(sorted(p.name for p in run.path.iterdir())[:8])

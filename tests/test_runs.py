@@ -207,6 +207,15 @@ def test_no_folder_at_all(tmp_path):
         load_components(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "file, content", [("config.json", '{"model_type": "bert"}'), ("open_clip_config.json", "{}")]
+)
+def test_a_model_of_another_library_without_its_prefix(tmp_path, file, content):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(RunFolderError, match="write open_clip:.* or hf:"):
+        load_components(tmp_path)
+
+
 def other_tokenizer(size):
     texts = (f"word{i} of {i * i}" for i in range(500))
     return Tokenizer.train(texts, TokenizerConfig(vocab_size=size, context_length=16))

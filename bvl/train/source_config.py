@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bvl.config import Config, load_dump, split_sources
-from bvl.convert.registry import is_foreign
+from bvl.convert.registry import is_foreign, looks_foreign
 from bvl.data.controls import Controls
 from bvl.data.text import TokenizerConfig
 from bvl.data.transforms import Preprocess
@@ -58,7 +58,7 @@ def source_config(init_from: str | tuple[str, ...] | None, workdir: str | Path |
 
 def _config_of(spec: str) -> Config:
     run = RunFolder(spec)
-    if not is_foreign(spec) and run.config.is_file():
+    if not is_foreign(spec) and run.config.is_file() and not looks_foreign(run.path):
         return load_dump(run.config)
     return load_components(spec, use_ema=False).config
 
