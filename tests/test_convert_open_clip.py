@@ -257,6 +257,7 @@ def test_configs_that_are_not_complete(folders, tmp_path):
         ({"text_cfg": {"pool_type": 3}}, "pool_type=3 is no name"),
         ({"quick_gelu": "yes"}, "quick_gelu='yes' is no true or false"),
         ({"text_cfg": {"eos_id": "x"}}, "eos_id='x' is no id of a token"),
+        ({"text_cfg": {"pad_id": []}}, r"pad_id=\[\] is no id of a token"),
     ],
 )
 def test_values_of_another_kind_are_named(copy, changes, named):

@@ -58,6 +58,8 @@ def _wanted(name: str, value: Any) -> str | None:
         return "whole number of at least 1"
     if name == "layers" and not (_is_whole(value) or _are_whole(value)):
         return "whole number of at least 1, nor a list of such"
+    if name == "layer_types" and not (value is None or isinstance(value, list)):
+        return "list of names"
     if name in _SIDES and not (_is_whole(value) or (_are_whole(value) and len(value) == 2)):
         return "number of pixels, nor height and width"
     if name in _NUMBER | _NUMBER_OR_NONE and (isinstance(value, bool) or not isinstance(value, int | float)):
