@@ -126,6 +126,15 @@ def test_a_proof_that_breaks_off_leaves_no_folder(gpt2, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_language_model_that_its_library_cannot_load(gpt2, tmp_path):
+    for file in gpt2.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((gpt2 / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"initializer_range": "x"}))
+    with pytest.raises(ConversionError, match="transformers cannot load .* as GPT2LMHeadModel"):
+        import_run(f"hf:{tmp_path}", tmp_path / "run")
+
+
 def test_what_cannot_be_taken_over(gpt2, tmp_path):
     with pytest.raises(ConversionError, match="no folder absent"):
         import_model("hf:absent")

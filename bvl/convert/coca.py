@@ -23,6 +23,7 @@ from bvl.convert.open_clip import (
     scale_options,
     scale_rows,
     text_facts,
+    text_projection_of,
 )
 from bvl.convert.preprocess import from_open_clip, to_open_clip
 from bvl.convert.table import Row, Table, Unread, Unwritten, linear, norm, packed, table
@@ -131,7 +132,7 @@ class CoCa(Family):
                 text=None,
                 decoder=decoder,
                 embed_dim=cfg["embed_dim"],
-                text_projection=_text_projection(cfg["text_cfg"]),
+                text_projection=text_projection_of(cfg["text_cfg"]),
                 **scale_options(cfg, source, self.tensors(source)),
             ),
             preprocess=from_open_clip(
@@ -364,12 +365,6 @@ def _text_facts(cfg: Mapping[str, Any]) -> TextFacts:
     # Padding is seen by the class token, so that it must be theirs.
     text = cfg["text_cfg"]
     return dataclasses.replace(text_facts(text), pad_id=text.get("pad_id", 0))
-
-
-def _text_projection(text: Mapping[str, Any]) -> str:
-    if text.get("proj_type", "linear") == "none":
-        return "none"
-    return "linear_bias" if text.get("proj_bias") else "linear"
 
 
 FAMILIES = (CoCa(),)

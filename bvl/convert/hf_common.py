@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from bvl.convert.families import Source
-from bvl.convert.hf_decoders import activation_of
 from bvl.convert.peers import import_peer
 from bvl.convert.preprocess import from_hf, read_hf, to_hf
 from bvl.convert.table import Table, linear, norm, table
@@ -21,6 +20,19 @@ from bvl.errors import ConversionError
 from bvl.models.layers import Activation
 from bvl.models.vlm import DualEncoderConfig
 
+# transformers' names of activations -> ours.
+ACTIVATION_NAMES = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
 FOREIGN_ACTIVATIONS: dict[str, str] = {
     "gelu": "gelu",
     "gelu_tanh": "gelu_pytorch_tanh",
@@ -47,6 +59,15 @@ def is_class(source: Source, model_type: str, *names: str) -> bool:
     if not classes:
         return source.config.get("model_type") == model_type
     return bool(set(classes) & set(names))
+
+
+def activation_of(name: str, *, where: str, option: str) -> str:
+    """Our name of an activation of transformers; ConversionError for one that bvl has not."""
+    if name not in ACTIVATION_NAMES:
+        raise ConversionError(
+            f"{where}: {option}={name!r} is not reproduced by bvl; known: {', '.join(ACTIVATION_NAMES)}"
+        )
+    return ACTIVATION_NAMES[name]
 
 
 def activation(config: Config, default: str, *, where: str) -> Activation:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bvl.convert.families import Described, Family, Layer, Source, TextFacts, Tower, expect
-from bvl.convert.peers import import_peer
+from bvl.convert.hf_common import activation_of, is_class, load_peer
 from bvl.convert.table import Alias, Row, Table, Unread, linear, norm, packed, table
 from bvl.convert.tensors import Tensors
 from bvl.errors import ConversionError
@@ -16,19 +16,7 @@ from bvl.models.decoder import DecoderConfig
 from bvl.models.rotary import RopeScaling
 from bvl.models.vlm import DualEncoderConfig
 
-# transformers' names of activations -> ours; of MLPs with a gate, that of the gate.
-ACTIVATION_NAMES = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
+# Of MLPs with a gate: our name of its activation -> that of the MLP.
 GATED_NAMES = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 # Rotary positions have no table, so that a text's length is a matter of memory alone; data.tokenizer.context_length may
 # be set higher, up to the model's max_position_embeddings.
@@ -98,15 +86,6 @@ def _head(decoder: DecoderConfig, embedding: str) -> Table:
     return table(Alias("lm_head.weight", embedding) if decoder.tied_head else Row("head", "lm_head.weight"))
 
 
-def activation_of(name: str, *, where: str, option: str) -> str:
-    """Our name of an activation of transformers; ConversionError for one that bvl has not."""
-    if name not in ACTIVATION_NAMES:
-        raise ConversionError(
-            f"{where}: {option}={name!r} is not reproduced by bvl; known: {', '.join(ACTIVATION_NAMES)}"
-        )
-    return ACTIVATION_NAMES[name]
-
-
 def gpt2_decoder(foreign: Mapping[str, Any], *, where: str) -> DecoderConfig:
     """Our config of a GPT2Config; raises ConversionError for options that bvl does not reproduce."""
     expect(
@@ -159,8 +138,7 @@ class LanguageModel(Family):
     last_norm: ClassVar[str] = "model.norm"
 
     def accepts(self, source: Source) -> bool:
-        named = source.config.get("architectures")
-        return self.name in named if named else source.config.get("model_type") == self.model_type
+        return is_class(source, self.model_type, self.name)
 
     def tensors(self, source: Source) -> Tensors:
         found = source.tensors()
@@ -170,12 +148,7 @@ class LanguageModel(Family):
         return found.renamed(lambda name: name if name.startswith("lm_head.") else self.base + name)
 
     def load_peer(self, folder: Path, foreign: Mapping[str, Any]) -> Any:
-        transformers = import_peer("transformers", what=f"the proof of {self.name}")
-        torch = import_peer("torch", what=f"the proof of {self.name}")
-        model = getattr(transformers, self.name).from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True
-        )
-        return model.eval()
+        return load_peer(self.name, folder)
 
     def towers(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> tuple[Tower, ...]:
         layers = [Layer(f"decoder/block_{i}", f"{self.blocks}.{i}") for i in range(model.decoder.depth)]

@@ -105,7 +105,7 @@ class _DualEncoder(Family):
             tower, facts, text_projection = hf.read_text(text, source, tensors, where=f"{where}: text_cfg")
         else:
             tower = native.read_text(text, quick_gelu=quick, where=f"{where}: text_cfg")
-            facts, text_projection = text_facts(text), _text_projection(text)
+            facts, text_projection = text_facts(text), text_projection_of(text)
         bias = cfg.get("init_logit_bias")
         return Described(
             model=checked(
@@ -228,7 +228,8 @@ def text_facts(text: Mapping[str, Any]) -> TextFacts:
     )
 
 
-def _text_projection(text: Mapping[str, Any]) -> str:
+def text_projection_of(text: Mapping[str, Any]) -> str:
+    """Our projection of a text_cfg without a model of transformers."""
     if text.get("proj_type", "linear") == "none":
         return "none"
     return "linear_bias" if text.get("proj_bias") else "linear"
