@@ -26,6 +26,8 @@ from bvl.data.transforms import Preprocess, apply, boxes_to_original
 from bvl.decode.guidance import guided_merge
 from bvl.decode.options import DecodeOptions
 from bvl.decode.search import search
+from bvl.models.decoder import DecoderConfig
+from bvl.models.vlm import DualEncoderConfig
 from bvl.runs import Encoder
 from bvl.tasks.grounding import Grounding
 from bvl.tasks.region_caption import RegionCaption
@@ -89,6 +91,26 @@ def test_the_comparison_can_fail(ours, tmp_path):
     wrong = {name for name, _, relative in compare_torch(ours, tmp_path) if relative > 1e-3}
     assert "embed_texts" in wrong and any(name.startswith("caption/") for name in wrong)
     assert "embed_images" not in wrong
+
+
+def test_a_language_model_is_compared_too(ours, tmp_path):
+    """No method of it writes, and yet its export is proven."""
+    base = ours.components
+    decoder = DecoderConfig("prefix", width=8, depth=1, num_heads=2, tied_head=False)
+    config = dataclasses.replace(
+        base.config, model=DualEncoderConfig(image=None, text=None, decoder=decoder), tasks={}
+    )
+    built = build_model(config, base.tokenizer)
+    rng = np.random.default_rng(0)
+    shapes = parameter_shapes(built)
+    params = nested_params({n: rng.normal(0, 0.3, x).astype(np.float32) for n, x in shapes.items()})
+    model = Model(dataclasses.replace(base, model=built, params=params, config=config))
+    export(model, tmp_path)
+    [(name, _, relative)] = compare_torch(model, tmp_path)
+    assert name == "next tokens" and relative <= 1e-4
+    params["model"]["decoder"]["head"] += 0.1
+    [(_, _, relative)] = compare_torch(model, tmp_path)
+    assert relative > 1e-3
 
 
 def test_controls_and_constraints(ours, theirs):

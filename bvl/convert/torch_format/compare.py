@@ -55,17 +55,35 @@ def compare_torch(
     images: Sequence[Any] | None = None,
     texts: Sequence[str] = TEXTS,
 ) -> list[Compared]:
-    """What every method that the model is trained for gives, here and in the folder's file.
+    """What every method that the model is trained for gives, here and in the folder's file; logits of a language model.
 
     model: has the methods of `bvl.Model`. Written texts are compared as they are: the difference is the number, and the
     share, of those that are not equal. Raises ConversionError without torch.
     """
     images = probe_images() if images is None else list(images)
     peer = load_torch_file(Path(folder)).load(folder)
-    return [
+    compared = [
         (name, *(_texts if written else _arrays)(run(model), run(peer)))
         for name, written, run in _calls(peer.config, images, list(texts))
     ]
+    if peer.config["decoder"] and not peer.config["pooled_widths"]["image"]:
+        # No method writes without an image.
+        compared.append(("next tokens", *_arrays(*_next_tokens(model, peer, list(texts)))))
+    return compared
+
+
+def _next_tokens(model: Any, peer: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(our, their) logits [n, v] of the token after each one of the texts, by a decoder that sees no images."""
+    import torch
+
+    tokens, mask = model.components.tokenizer.encode_texts(texts)
+    variables = {"params": model.params["model"]}
+    hidden = model.components.model.apply(variables, None, None, tokens, mask, method="decode_train")
+    table = model.components.model.apply(variables, method="vocabulary")
+    with torch.no_grad():
+        ids, there = map(torch.from_numpy, peer.tokenizer.encode_texts(texts))
+        theirs = peer.decoder.logits(peer.decoder(None, None, ids, there)[there])
+    return np.asarray(hidden)[mask] @ np.asarray(table).T, theirs.numpy()
 
 
 def _calls(
