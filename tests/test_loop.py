@@ -528,7 +528,7 @@ def test_best_is_misspelt(tmp_path):
 
 
 def test_parameters_that_are_no_numbers_are_not_evaluated(tmp_path, monkeypatch):
-    monkeypatch.setattr("bvl.train.loop._evaluate", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr("bvl.train.loop.evaluate_state", lambda *_, **__: pytest.fail("evaluated"))
     optim = OptimConfig(name="sgd", lr=1e30, schedule="constant", warmup_steps=0, clip_norm=None)
     config = dataclasses.replace(evaluated(tmp_path / "run"), optim=optim, log=LogConfig(every=0))
     with pytest.raises(TrainingFailed):

@@ -168,7 +168,7 @@ def test_all_tasks_share_one_encoding():
     tasks = {"contrastive": Contrastive(), "caption": Caption(), "region_caption": RegionCaption()}
     views = Program.views(SimpleNamespace(tasks=tasks, frozen={}))["model"]
     assert {name: view.need for name, view in views.items()} == {
-        "image": {"embed", "tokens", "regions"},
+        "image": {"embed", "tokens", "visual", "regions"},
         "text": {"embed"},
     }
 
