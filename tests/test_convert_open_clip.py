@@ -57,6 +57,12 @@ CASES = {
         **{"custom_text": True, "init_logit_bias": -10.0, "nonscalar_logit_scale": True},
     ),
     "ResNet": model(RESNET, TEXT | {"pool_type": "eos", "eos_id": 39, "proj_type": "none"}, embed_dim=24),
+    "attentional pooler": model(
+        VISION
+        | {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 4, "pool_type": "avg"}
+        | {"final_ln_after_pool": True},
+        TEXT,
+    ),
     # As SigLIP, with what only timm's own test model adds.
     # Positions are for another size than the images, and the proof reads a third.
     "several sizes": model(
@@ -200,7 +206,7 @@ def test_trunks_that_are_no_vision_transformer_of_ours(name, named):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"vision_cfg": {"attentional_pool": True}}, "attentional_pool=True"),
+        ({"vision_cfg": {"attentional_pool": "cascade"}}, "attentional_pool='cascade'"),
         ({"vision_cfg": {"pos_embed_type": "sin_cos_2d"}}, "pos_embed_type='sin_cos_2d'"),
         ({"vision_cfg": {"scale_heads": True}}, "scale_heads=True"),
         ({"vision_cfg": {"patch_size": [8, 4]}}, r"patch_size=\[8, 4\]"),

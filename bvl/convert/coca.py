@@ -31,7 +31,6 @@ from bvl.convert.tensors import Tensors
 from bvl.convert.tokenizers import open_clip_entries
 from bvl.data.text import Tokenizer
 from bvl.errors import ConversionError
-from bvl.models.attentional_pool import AttentionalPool
 from bvl.models.decoder import DecoderConfig
 from bvl.models.vit import ViTConfig
 from bvl.models.vlm import DualEncoderConfig
@@ -77,29 +76,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "tied_head": (False,),
 }
 _PROJECTIONS = {"linear": ("linear", False), "linear_bias": ("linear", True), "none": ("none", False)}
-
-
-def attentional_pool(config: ViTConfig) -> Table:
-    """The pooler; torch keeps its maps in one tensor where both widths are equal."""
-    maps = ("query", "key", "value")
-    if config.attentional_pool.width == config.sizes[0]:
-        rows = packed("attention", maps, "attn.in_proj_weight", "attn.in_proj_bias")
-    else:
-        rows = tuple(
-            row
-            for k, name in enumerate(maps)
-            for row in (
-                Row(f"attention/{name}/kernel", f"attn.{name[0]}_proj_weight", "transpose"),
-                Row(f"attention/{name}/bias", "attn.in_proj_bias", part=(k, 3)),
-            )
-        )
-    return table(
-        Row("queries", "query"),
-        norm("query_norm", "ln_q"),
-        norm("token_norm", "ln_k"),
-        rows,
-        linear("attention/out", "attn.out_proj"),
-    )
 
 
 class CoCa(Family):
@@ -158,8 +134,6 @@ class CoCa(Family):
         for i in range(decoder.depth - first):
             rows.append(block.under(f"decoder/block_{first + i}/", f"text_decoder.resblocks.{i}."))
             rows.append(CROSS.under(f"decoder/block_{first + i}/", f"text_decoder.cross_attn.{i}."))
-        if model.image.attentional_pool is not None:
-            rows.append(attentional_pool(model.image).under("image/attentional_pool/", "visual.attn_pool."))
         if model.text_projection == "linear":
             rows.append(Row("text_projection/kernel", "text.text_projection"))
         elif model.text_projection == "linear_bias":
@@ -172,8 +146,6 @@ class CoCa(Family):
     def towers(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> tuple[Tower, ...]:
         first, depth = model.decoder.num_unimodal, model.decoder.depth
         image = native.vision_layers(model.image, {})
-        if model.image.attentional_pool is not None:
-            image = (*image, Layer("image/attentional_pool", "visual.attn_pool"))
         text = [Layer(f"decoder/block_{i}", f"text.transformer.resblocks.{i}") for i in range(first)]
         decoder = [
             Layer(f"decoder/block_{first + i}", f"text_decoder.cross_attn.{i}") for i in range(depth - first)
@@ -191,17 +163,8 @@ class CoCa(Family):
     def foreign(self, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         model, size = config.model, config.data.preprocess.height_width
         refuse(self.name, _wrong(config))
-        image, decoder = model.image, model.decoder
-        bare = dataclasses.replace(
-            model, image=dataclasses.replace(image, attentional_pool=None), decoder=None
-        )
+        decoder, bare = model.decoder, dataclasses.replace(model, decoder=None)
         vision = {**writing.write_vision(bare, size, timm=False), "output_tokens": True}
-        if image.attentional_pool is not None:
-            vision |= {
-                "attentional_pool": True,
-                "attn_pooler_queries": image.attentional_pool.queries,
-                "attn_pooler_heads": image.attentional_pool.num_heads,
-            }
         kind, bias = _PROJECTIONS[model.text_projection]
         heads, hidden = decoder.unimodal_sizes
         rows = embedding_rows(config, tokenizer)
@@ -265,10 +228,6 @@ def _wrong(config: Config) -> list[str]:
         )
     if image.output_width != decoder.width:
         wrong.append(f"image tokens of width {image.output_width} for a decoder of {decoder.width}")
-    if image.attentional_pool is not None and image.attentional_pool.width != model.embed_dim:
-        wrong.append(
-            f"attentional_pool of width {image.attentional_pool.width} for embed_dim={model.embed_dim}"
-        )
     if model.text_projection not in _PROJECTIONS:
         wrong.append(f"model.text_projection={model.text_projection!r}")
     if config.data.controls.num_slots != 1:
@@ -293,23 +252,13 @@ def _read_vision(cfg: Mapping[str, Any], *, where: str) -> ViTConfig:
         raise ConversionError(f"{where}: layers={vision['layers']!r}: ResNets hand no tokens to a decoder")
     expect(vision, {"output_tokens": (True,), "attentional_pool": (False, True, None)}, where=where)
     pooled = bool(vision.get("attentional_pool"))
-    # With a pooler open_clip does not read final_ln_after_pool.
     if vision.get("final_ln_after_pool") and not pooled:
         raise ConversionError(
             f"{where}: final_ln_after_pool=True: the decoder would read tokens without norm"
         )
-    plain = {**vision, "attentional_pool": False, "output_tokens": False, "final_ln_after_pool": False}
-    image = native.read_vision(plain, quick_gelu=bool(cfg.get("quick_gelu", False)), where=where)
-    if not pooled:
-        return image
-    pool = native.checked(
-        AttentionalPool,
-        where=where,
-        width=cfg["embed_dim"],
-        queries=vision.get("attn_pooler_queries", 256),
-        num_heads=vision.get("attn_pooler_heads", 8),
-    )
-    return dataclasses.replace(image, attentional_pool=pool)
+    plain = {**vision, "output_tokens": False}
+    quick = bool(cfg.get("quick_gelu", False))
+    return native.read_vision(plain, embed_dim=cfg["embed_dim"], quick_gelu=quick, where=where)
 
 
 def _read_decoder(cfg: Mapping[str, Any], *, where: str) -> DecoderConfig:

@@ -98,7 +98,9 @@ class _DualEncoder(Family):
         if vision.get("timm_model_name"):
             image, projection, size = timm.read_vision(vision, where=f"{where}: vision_cfg")
         else:
-            image = native.read_vision(vision, quick_gelu=quick, where=f"{where}: vision_cfg")
+            image = native.read_vision(
+                vision, embed_dim=cfg["embed_dim"], quick_gelu=quick, where=f"{where}: vision_cfg"
+            )
             projection = "linear_bias" if isinstance(image, ResNetConfig) else "linear"
             size = native.image_size(vision)
         if text.get("hf_model_name"):

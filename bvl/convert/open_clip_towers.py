@@ -9,6 +9,7 @@ from typing import Any
 from bvl.convert.families import Layer, expect
 from bvl.convert.table import Constant, Row, Table, linear, norm, packed, table
 from bvl.errors import ConfigError, ConversionError
+from bvl.models.attentional_pool import AttentionalPool
 from bvl.models.layers import Activation
 from bvl.models.resnet import VARIANTS as RESNETS
 from bvl.models.resnet import ResNetConfig
@@ -74,6 +75,29 @@ def blocks(config: ViTConfig | TextConfig) -> Table:
     return one.under("stack/block_{i}/", "transformer.resblocks.{i}.").repeat(config.sizes[1])
 
 
+def attentional_pool(config: ViTConfig) -> Table:
+    """The pooler; torch keeps its maps in one tensor where both widths are equal."""
+    maps = ("query", "key", "value")
+    if config.attentional_pool.width == config.sizes[0]:
+        rows = packed("attention", maps, "attn.in_proj_weight", "attn.in_proj_bias")
+    else:
+        rows = tuple(
+            row
+            for k, name in enumerate(maps)
+            for row in (
+                Row(f"attention/{name}/kernel", f"attn.{name[0]}_proj_weight", "transpose"),
+                Row(f"attention/{name}/bias", "attn.in_proj_bias", part=(k, 3)),
+            )
+        )
+    return table(
+        Row("queries", "query"),
+        norm("query_norm", "ln_q"),
+        norm("token_norm", "ln_k"),
+        rows,
+        linear("attention/out", "attn.out_proj"),
+    )
+
+
 def vision_transformer(config: ViTConfig) -> Table:
     """A VisionTransformer without its projection; names of ours below "image/", of theirs below "visual."."""
     return table(
@@ -83,6 +107,7 @@ def vision_transformer(config: ViTConfig) -> Table:
         norm("pre_norm", "ln_pre") if config.pre_norm else (),
         blocks(config),
         norm("norm", "ln_post"),
+        attentional_pool(config).under("attentional_pool/", "attn_pool.") if config.attentional_pool else (),
     )
 
 
@@ -149,8 +174,10 @@ def vision_layers(config: ViTConfig | ResNetConfig, vision: Mapping[str, Any]) -
     layers += [
         Layer(f"image/stack/block_{i}", f"visual.transformer.resblocks.{i}") for i in range(config.sizes[1])
     ]
-    if not vision.get("final_ln_after_pool"):
+    if not vision.get("final_ln_after_pool") or config.attentional_pool is not None:
         layers.append(Layer("image/norm", "visual.ln_post"))
+    if config.attentional_pool is not None:
+        layers.append(Layer("image/attentional_pool", "visual.attn_pool"))
     return tuple(layers)
 
 
@@ -162,7 +189,9 @@ def text_layers(config: TextConfig, prefix: str = "") -> tuple[Layer, ...]:
     )
 
 
-def read_vision(vision: Mapping[str, Any], *, quick_gelu: bool, where: str) -> ViTConfig | ResNetConfig:
+def read_vision(
+    vision: Mapping[str, Any], *, embed_dim: int, quick_gelu: bool, where: str
+) -> ViTConfig | ResNetConfig:
     """Our config of a vision_cfg without a timm model; raises ConversionError naming the option that we lack."""
     layers = vision.get("layers", 12)
     if isinstance(layers, list | tuple):
@@ -171,7 +200,7 @@ def read_vision(vision: Mapping[str, Any], *, quick_gelu: bool, where: str) -> V
     expect(
         vision,
         {
-            "attentional_pool": (False, None),
+            "attentional_pool": (False, True, None),
             "pos_embed_type": ("learnable",),
             "pool_type": ("tok", "avg"),
             "output_tokens": (False,),
@@ -185,6 +214,15 @@ def read_vision(vision: Mapping[str, Any], *, quick_gelu: bool, where: str) -> V
         raise ConversionError(f"{where}: patch_size={patch!r} is not square, which bvl does not reproduce")
     width = vision.get("width", 768)
     mean = vision.get("pool_type", "tok") == "avg"
+    pool = None
+    if vision.get("attentional_pool"):
+        pool = checked(
+            AttentionalPool,
+            where=where,
+            width=embed_dim,
+            queries=vision.get("attn_pooler_queries", 256),
+            num_heads=vision.get("attn_pooler_heads", 8),
+        )
     return checked(
         ViTConfig,
         where=where,
@@ -193,7 +231,9 @@ def read_vision(vision: Mapping[str, Any], *, quick_gelu: bool, where: str) -> V
         ),
         pool="mean" if mean else "cls",
         class_token=True if mean else None,
-        norm_after_pool=mean and bool(vision.get("final_ln_after_pool")),
+        # With a pooler open_clip does not read the option.
+        norm_after_pool=mean and bool(vision.get("final_ln_after_pool")) and pool is None,
+        attentional_pool=pool,
         patch_bias=False,
         whole_patches=not any(side % rows for side in image_size(vision)),
         pre_norm=not vision.get("no_ln_pre", False),

@@ -27,7 +27,9 @@ from bvl.models.vlm import DualEncoderConfig
 
 # Options that any open_clip tower takes over, or that change nothing once a model is trained.
 _FREE = "variant width depth num_heads mlp_hidden activation norm_epsilon layer_scale qk_norm dropout drop_path scan remat "
-_FREE_VIT = _FREE + "pre_norm patch_dropout levels whole_patches position_resize norm_after_pool"
+_FREE_VIT = (
+    _FREE + "pre_norm patch_dropout levels whole_patches position_resize norm_after_pool attentional_pool"
+)
 _FREE_TEXT = _FREE + "causal token_std position_std"
 _FREE_RESNET = _FREE + "stages pool_heads norm"
 # Values of other options that open_clip's own towers have; the rest must be at its default.
@@ -99,6 +101,9 @@ def write_vision(model: DualEncoderConfig, size: tuple[int, int], *, timm: bool)
     own = unlike("model.image", model.image, free=_FREE_VIT, fixed=_VIT)
     if model.image.pool == "mean" and not model.image.has_class_token:
         own.append("model.image.pool='mean' without class_token")
+    pool = model.image.attentional_pool
+    if pool is not None and pool.width != model.embed_dim:
+        own.append(f"model.image.attentional_pool of width {pool.width} for embed_dim={model.embed_dim}")
     if model.image_projection != "linear":
         own.append(f"model.image_projection={model.image_projection!r}")
     if not own:
@@ -111,7 +116,16 @@ def write_vision(model: DualEncoderConfig, size: tuple[int, int], *, timm: bool)
 
 def _write_vit(image: ViTConfig, size: tuple[int, int]) -> dict[str, Any]:
     width, depth, num_heads, hidden = image.sizes
+    pool = image.attentional_pool
+    pooler: dict[str, Any] = {}
+    if pool is not None:
+        pooler = {
+            "attentional_pool": True,
+            "attn_pooler_queries": pool.queries,
+            "attn_pooler_heads": pool.num_heads,
+        }
     return {
+        **pooler,
         "image_size": _json_size(size),
         "patch_size": image.patch_size,
         "width": width,
