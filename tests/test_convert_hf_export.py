@@ -14,11 +14,13 @@ from convert_hf_peers import (  # noqa: E402
     BERT_SPECIAL,
     bert,
     clip,
+    clip_vision,
     dinov2,
     dinov2_registers,
     edit_config,
     masked_lm,
     siglip,
+    siglip_vision,
     vision_text,
     vit,
 )
@@ -242,3 +244,21 @@ def test_the_lines_of_the_model_card_load_the_folder(tmp_path):
     names = {"text": "w9 w10", "image": Image.new("RGB", (30, 30))}
     exec(exported.family.how_to_load(str(out)), names)  # noqa: S102
     assert names["hidden"].shape == (1, 10, 20)
+    (note,) = exported.family.notes(exported.foreign, out)
+    assert "add_pooling_layer=False" in note
+
+
+@pytest.mark.parametrize("make", [vit, dinov2, clip_vision, siglip_vision])
+def test_the_lines_of_an_image_towers_card_give_its_embedding(tmp_path, make):
+    """The proof's own reading of the class is the standard."""
+    folder, out = make(transformers, tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    imported = import_model(f"hf:{folder}")
+    exported = export_model(
+        out, "hf", config=imported.config, params=imported.params, tokenizer=imported.tokenizer
+    )
+    names = {"image": Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8))}
+    exec(exported.family.how_to_load(str(out)), names)  # noqa: S102
+    (tower,) = exported.family.towers(imported.config.model, exported.foreign)
+    expected = tower.run(names["model"], {"pixels": names["images"]["pixel_values"]})["pooled"]
+    np.testing.assert_allclose(names["embeddings"].detach(), expected.detach(), atol=1e-6)

@@ -286,6 +286,15 @@ class Bert(Family):
             then=self.then,
         )
 
+    def notes(self, foreign: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+        if not self.load_options:
+            return ()
+        return (
+            "The embedding of a text is `hidden`, pooled as `1_Pooling/config.json` says, at unit length; "
+            "sentence-transformers reads this folder so. Without `add_pooling_layer=False` transformers warns of a "
+            "missing pooler and makes one of random values: then do not read `pooler_output`.",
+        )
+
 
 def bert_tower(config: BertConfig, prefix: str, of: Any, project: Any = None) -> Tower:
     """How the proof runs a BERT. of: the peer's BertModel; prefix: its name there; project: the projection, if any."""

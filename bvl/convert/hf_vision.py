@@ -79,9 +79,12 @@ class ImageTower(Family):
         write_processor(folder, config.data.preprocess, self.tower.processor)
 
     def how_to_load(self, folder_name: str) -> str:
-        then = "hidden = model(**images).last_hidden_state  # its first token is the embedding"
-        # A folder of ours has no pooler; without the option the class would make a random one.
-        options = ", add_pooling_layer=False" if self.name == "ViTModel" else ""
+        # A ViTModel of ours has no pooler; without the option the class would make a random one.
+        vit = self.name == "ViTModel"
+        options, pooled = (
+            (", add_pooling_layer=False", "last_hidden_state[:, 0]") if vit else ("", "pooler_output")
+        )
+        then = f"embeddings = model(**images).{pooled}  # bvl gives them at unit length"
         return how_to_load(folder_name, self.name, options=options, processor="AutoImageProcessor", then=then)
 
     def towers(self, model: DualEncoderConfig, foreign: Mapping[str, Any]) -> tuple[Tower, ...]:
