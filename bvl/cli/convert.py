@@ -32,7 +32,7 @@ def add_convert(verbs) -> None:
         "--context-length",
         type=positive,
         metavar="N",
-        help="tokens of a text, where fewer than the model allows",
+        help="tokens of a text, where fewer than the model allows (BERT, rotary positions)",
     )
     convert.add_argument(
         "--checkpoint", default="latest", help="of a run folder: latest (default), best or a step"
