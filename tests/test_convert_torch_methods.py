@@ -14,6 +14,7 @@ from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.api import Model
 from bvl.assembly import build_model, parameter_shapes
+from bvl.convert.parity import Difference
 from bvl.convert.table import nested_params
 from bvl.convert.torch_format import compare_torch, export_torch
 from bvl.convert.torch_format.compare import load_torch_file, probe_images
@@ -263,7 +264,12 @@ def test_calibration_belongs_to_its_weights(ours, module, tmp_path, caplog):
     assert "other weights" in caplog.text
     # That of a run's last step is not handed on with an earlier one.
     stale = Model(dataclasses.replace(ours.components, calibration=calibration | {"weights_hash": "another"}))
-    stale.export(tmp_path / "stale", "torch", check=False)
+    report = stale.export(tmp_path / "stale", "torch", check=False)
+    found = [
+        Difference("method", "", name, "", 1e-6, 2e-6, True) for name in ("embed_texts", "caption/greedy")
+    ]
+    report = dataclasses.replace(report, differences=found)
+    assert report.largest() == {"embed_texts": 1e-6, "caption/greedy": 2e-6}
     assert not (tmp_path / "stale" / "calibration.json").exists()
 
 

@@ -50,14 +50,16 @@ class Report:
         )
 
     def largest(self) -> dict[str, float]:
-        """Largest absolute difference of embeddings, and largest relative one of layers, by tower."""
+        """Largest absolute difference of embeddings, and largest relative one of layers, by tower; of a class with
+        methods that of each method, of written texts the share of unequal ones."""
         out: dict[str, float] = {}
         for d in self.differences or ():
-            key, value = (
-                (f"{d.tower}/embed", d.absolute) if d.ours == "embed" else (f"{d.tower}/layers", d.relative)
-            )
-            if d.ours == "logits":
-                key = f"{d.tower}/logits"
+            if d.tower == "method":
+                key, value = d.ours, d.absolute if d.ours.startswith("embed") else d.relative
+            elif d.ours == "embed":
+                key, value = f"{d.tower}/embed", d.absolute
+            else:
+                key, value = f"{d.tower}/{'logits' if d.ours == 'logits' else 'layers'}", d.relative
             out[key] = max(out.get(key, 0.0), value)
         return out
 
