@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,7 +116,32 @@ def export(
         )
     if check:
         import_peer(LIBRARIES[format], what="the proof (--no-check does without)")
-    out.mkdir(parents=True, exist_ok=True)
+    with _new_folder(out):
+        return _export(
+            components,
+            out,
+            format,
+            model=model,
+            source=source,
+            check=check,
+            tolerance=tolerance,
+            hub_id=hub_id,
+            run=run,
+        )
+
+
+def _export(
+    components: Components,
+    out: Path,
+    format: Format,
+    *,
+    model: Any,
+    source: str,
+    check: bool,
+    tolerance: Tolerance,
+    hub_id: str | None,
+    run: RunFolder | None,
+) -> Report:
     config, tokenizer = components.config, components.tokenizer
     if format == "torch":
         report = _export_torch(components, out, model=model, source=source, check=check, tolerance=tolerance)
@@ -232,6 +259,18 @@ def _reads_padding(config: Any) -> bool:
 def _check_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConversionError(f"{out} exists and is not empty; choose another folder")
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[None]:
+    """Make the folder; where nothing could be written into it, leave none."""
+    there = out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if not there and not any(out.iterdir()):
+            out.rmdir()
 
 
 def _json(path: Path | None) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -44,7 +45,7 @@ class Report:
     def passed(self) -> bool:
         """False also where nothing was checked."""
         return (
-            self.differences is not None
+            bool(self.differences)
             and self.first_departure is None
             and (self.inputs is None or self.inputs.within)
         )
@@ -60,7 +61,9 @@ class Report:
                 key, value = f"{d.tower}/embed", d.absolute
             else:
                 key, value = f"{d.tower}/{'logits' if d.ours == 'logits' else 'layers'}", d.relative
-            out[key] = max(out.get(key, 0.0), value)
+            known = out.get(key, 0.0)
+            # Not max(): a difference that is no number must not vanish.
+            out[key] = known if math.isnan(known) or value <= known else value
         return out
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,11 +76,11 @@ class Report:
             "checked": self.differences is not None,
             "passed": self.passed,
             "tolerance": dataclasses.asdict(self.tolerance),
-            "first_departure": None if first is None else dataclasses.asdict(first),
-            "largest": self.largest(),
+            "first_departure": None if first is None else _valid_json(dataclasses.asdict(first)),
+            "largest": _valid_json(self.largest()),
             "inputs": None if self.inputs is None else dataclasses.asdict(self.inputs),
             "roundings": list(self.roundings),
-            "differences": [dataclasses.asdict(d) for d in self.differences or ()],
+            "differences": [_valid_json(dataclasses.asdict(d)) for d in self.differences or ()],
             "tensors": [dataclasses.asdict(c) for c in self.converted],
             "unread": dict(self.unread),
             "versions": _versions(),
@@ -112,6 +115,11 @@ class Report:
         else:
             out.append(f"passed: {', '.join(f'{k} {v:.1e}' for k, v in self.largest().items())}")
         return out
+
+
+def _valid_json(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: their names instead."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _input_lines(inputs: InputsParity | None) -> list[str]:
