@@ -68,7 +68,7 @@ LIKE_CLIP = DualEncoderConfig(
     embed_dim=12,
 )
 WITH_BERT = DualEncoderConfig(image=dataclasses.replace(IMAGE, pool="pooler"), text=BERT, embed_dim=12)
-PREPROCESS = Preprocess(image_size=24, crop_offset="down", passes="width_first")
+PREPROCESS = Preprocess(image_size=24, crop_offset="down", resampler="torchvision")
 
 
 def own(tmp_path, model, preprocess=PREPROCESS):

@@ -276,7 +276,7 @@ def test_calibration_belongs_to_its_weights(ours, module, tmp_path, caplog):
 PREPROCESS = {
     "crop": dict(image_size=(24, 40), interpolation="bilinear"),
     "open_clip": dict(image_size=(40, 24), long_side="nearest", crop_offset="down"),
-    "larger first": dict(image_size=32, resize_to=37, passes="width_first"),
+    "larger first": dict(image_size=32, resize_to=37, resampler="torchvision"),
     "squash": dict(image_size=(24, 40), resize="squash", interpolation="lanczos"),
     "squash and cut": dict(image_size=24, resize="squash", resize_to=(30, 26)),
     "pad": dict(image_size=(33, 40), resize="pad", fill=77),

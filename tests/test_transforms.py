@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bvl.data.geometry import AxisAlignedMap, box_area, clip_boxes, crop_map, flip_map, place_map
+from bvl.data.integer_resize import resize_bicubic
 from bvl.data.transforms import MINIMUM_VISIBLE, Augment, Preprocess, apply, boxes_to_original
 from bvl.errors import ConfigError, DataError
 
@@ -139,14 +140,16 @@ def test_shortest_crop_is_resize_then_centre_crop(size, target, resized, offset,
         ({"image_size": 40, "resize_to": (50, 60), "resize": "squash"}, (33, 99), (60, 50), (10, 5)),
     ],
 )
-@pytest.mark.parametrize("passes", ["pillow", "width_first"])
-def test_what_is_cut_out_of_what(options, size, resized, offset, passes):
+@pytest.mark.parametrize("resampler", ["pillow", "torchvision"])
+def test_what_is_cut_out_of_what(options, size, resized, offset, resampler):
     picture = Image.fromarray(noise(size[1], size[0]))
-    preprocess = Preprocess(**options, passes=passes)
+    preprocess = Preprocess(**options, resampler=resampler)
     height, width = preprocess.height_width
-    method = Image.Resampling.BICUBIC
-    whole = picture.resize((resized[0], size[1]), method) if passes == "width_first" else picture
-    expected = np.asarray(whole.resize(resized, method))[offset[1] :, offset[0] :][:height, :width]
+    if resampler == "torchvision":
+        whole = resize_bicubic(np.asarray(picture), resized)
+    else:
+        whole = np.asarray(picture.resize(resized, Image.Resampling.BICUBIC))
+    expected = whole[offset[1] :, offset[0] :][:height, :width]
     result = apply(picture, preprocess=preprocess, boxes=np.array([[0, 0, 1, 1]]))
     np.testing.assert_array_equal(result.image, expected)
     left, top = -offset[0] / width, -offset[1] / height
@@ -223,7 +226,7 @@ def settings_of_apply(draw, *, crop=True):
         resize_to=(height + draw(st.integers(0, 9)), width + draw(st.integers(0, 9))) if larger else None,
         long_side=draw(st.sampled_from(["down", "nearest"])),
         crop_offset=draw(st.sampled_from(["down", "nearest"])),
-        passes=draw(st.sampled_from(["pillow", "width_first"])),
+        resampler=draw(st.sampled_from(["pillow", "torchvision"])),
     )
     low = draw(st.floats(0.3, 1.0)) if crop else 1.0
     augment = Augment(crop_scale=(low, 1.0), flip_horizontal=True, flip_vertical=True, brightness=0.2)
@@ -467,7 +470,7 @@ def test_preprocess_survives_json(image_size, options):
         (Preprocess, {"image_size": 4, "resize_to": 8, "resize": "pad"}, "resize_to.*pad"),
         (Preprocess, {"image_size": 4, "long_side": "up"}, "long_side.*down or nearest"),
         (Preprocess, {"image_size": 4, "crop_offset": "up"}, "crop_offset.*down or nearest"),
-        (Preprocess, {"image_size": 4, "passes": "both"}, "pillow or width_first"),
+        (Preprocess, {"image_size": 4, "resampler": "both"}, "pillow or torchvision"),
         (Augment, {"crop_scale": (0, 1)}, "crop_scale"),
         (Augment, {"crop_scale": (0.5, 1.5)}, "crop_scale"),
         (Augment, {"crop_scale": 0.5}, "crop_scale"),

@@ -195,7 +195,7 @@ def _from_hf(config: Mapping[str, Any], default_class: str) -> Preprocess:
         mean=mean,
         std=std,
         crop_offset="down",
-        passes="width_first",
+        resampler="torchvision",
     )
 
 
@@ -265,7 +265,7 @@ def as_written(preprocess: Preprocess, format: Literal["open_clip", "hf"]) -> Pr
 def differences(preprocess: Preprocess, format: Literal["open_clip", "hf"]) -> list[str]:
     """What the other library's transform rounds otherwise than `preprocess`, a sentence each; none = equal tensors."""
     out = []
-    offset, passes = ("nearest", "pillow") if format == "open_clip" else ("down", "width_first")
+    offset, resampler = ("nearest", "pillow") if format == "open_clip" else ("down", "torchvision")
     crops = preprocess.resize == "shortest_crop" or _cuts_off_more(preprocess)
     if crops and preprocess.crop_offset != offset:
         out.append(
@@ -280,10 +280,10 @@ def differences(preprocess: Preprocess, format: Literal["open_clip", "hf"]) -> l
                 f"data.preprocess.long_side={preprocess.long_side!r}, and open_clip rounds {wanted!r}: the long side "
                 f"may be a pixel longer or shorter before the crop."
             )
-    if preprocess.interpolation != "bilinear" and preprocess.passes != passes:
+    if preprocess.interpolation != "bilinear" and preprocess.resampler != resampler:
         out.append(
-            f"data.preprocess.passes={preprocess.passes!r}, and {format} resizes in the order {passes!r}: where an "
-            f"image is squashed, single pixels at sharp edges may differ."
+            f"data.preprocess.resampler={preprocess.resampler!r}, and {format} resizes as {resampler!r} does: single "
+            f"pixels differ by a grey level or two, and by more at sharp edges where an image is squashed."
         )
     return out
 

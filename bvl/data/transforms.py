@@ -28,6 +28,7 @@ from PIL import Image
 
 from bvl.data.erasing import erase
 from bvl.data.geometry import AxisAlignedMap, Rectangle, clip_boxes, crop_map, flip_map, place_map
+from bvl.data.integer_resize import resize_bicubic
 from bvl.errors import ConfigError, DataError
 
 # A box of which less than this fraction of the area is left after a crop no longer shows what its name says.
@@ -61,9 +62,10 @@ class Preprocess:
     long_side, crop_offset: how the fractions of a pixel are rounded in the long side's length ("down" as torchvision
       does, "nearest" as open_clip does for inputs that are not square) and in the offset of the centre crop
       ("nearest", half to even, as torchvision does; "down" as transformers does).
-    passes: "pillow" leaves to Pillow whether rows or columns are resized first: from version 13 on it chooses the
-      cheaper order, for one of three sizes another than before. "width_first" is the order of older versions and of
-      torchvision's tensors. Overshoot of sharp edges is clipped between the passes, so the order can show there.
+    resampler: "torchvision" gives the pixels of its tensors: the width is resized first, and bicubic weights are
+      rounded to 16 bits (`bvl.data.integer_resize`; several times slower). "pillow" leaves to Pillow whether rows or
+      columns are resized first: from version 13 on it chooses the cheaper order, for one of three sizes another than
+      before. Overshoot of sharp edges is clipped in between, so the order can show there.
     """
 
     image_size: int | tuple[int, int]
@@ -75,7 +77,7 @@ class Preprocess:
     resize_to: int | tuple[int, int] | None = None
     long_side: Literal["down", "nearest"] = "down"
     crop_offset: Literal["nearest", "down"] = "nearest"
-    passes: Literal["pillow", "width_first"] = "pillow"
+    resampler: Literal["pillow", "torchvision"] = "pillow"
 
     def __post_init__(self):
         for name in ("image_size", "resize_to"):
@@ -108,8 +110,8 @@ class Preprocess:
         for name in ("long_side", "crop_offset"):
             if getattr(self, name) not in ("down", "nearest"):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose down or nearest.")
-        if self.passes not in ("pillow", "width_first"):
-            raise ConfigError(f"passes is {self.passes!r}; choose pillow or width_first.")
+        if self.resampler not in ("pillow", "torchvision"):
+            raise ConfigError(f"resampler is {self.resampler!r}; choose pillow or torchvision.")
         if not _is_int(self.fill) or not 0 <= self.fill <= 255:
             raise ConfigError(f"fill is {self.fill!r}; give a grey value from 0 to 255.")
 
@@ -306,7 +308,9 @@ def _resized(
     if size == picture.size and box == (0.0, 0.0, *size):
         return picture
     resample = _RESAMPLING[preprocess.interpolation]
-    if preprocess.passes == "width_first":
+    if preprocess.resampler == "torchvision":
+        if preprocess.interpolation == "bicubic" and box == (0.0, 0.0, *picture.size):
+            return Image.fromarray(resize_bicubic(np.asarray(picture), size))
         x0, y0, x1, y1 = box
         picture = picture.resize((size[0], picture.size[1]), resample, box=(x0, 0, x1, picture.size[1]))
         box = (0.0, y0, float(size[0]), y1)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from bvl.convert.torch_format.source.errors import UserError
@@ -99,6 +101,14 @@ def eight_bits(array: np.ndarray) -> np.ndarray:
     return array.astype(np.uint8) if high <= 255 else np.rint(array / 257.0).astype(np.uint8)
 
 
+def resize_tensor(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture of mode RGB or L resized bicubically as torchvision resizes a tensor of bytes."""
+    pixels = torch.from_numpy(np.array(picture))
+    planes = pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1)[None]
+    planes = F.interpolate(planes, size[::-1], mode="bicubic", antialias=True)
+    return Image.fromarray(planes[0].permute(1, 2, 0).reshape(size[1], size[0], *pixels.shape[2:]).numpy())
+
+
 @dataclasses.dataclass(frozen=True)
 class AxisMap:
     """new = scale * old + offset, separately in x and y, between fractions of two images."""
@@ -161,8 +171,8 @@ class Preprocess:
       (keep everything, at the centre of a canvas of the grey value `fill`).
     mean, std: per channel, of values in 0..1.
     resize_to: (height, width) to cover before the centre is cut out. long_side, crop_offset: how the long side's length
-      and the offset of the cut are rounded, "down" or to the "nearest". passes: "width_first" resizes rows before columns,
-      "pillow" leaves the order to Pillow.
+      and the offset of the cut are rounded, "down" or to the "nearest". resampler: "torchvision" gives the pixels of its
+      tensors, "pillow" those of PIL images.
     """
 
     image_size: tuple[int, int]
@@ -174,7 +184,7 @@ class Preprocess:
     resize_to: tuple[int, int]
     long_side: str
     crop_offset: str
-    passes: str
+    resampler: str
 
     @classmethod
     def load(cls, path: Path) -> Preprocess:
@@ -214,7 +224,9 @@ class Preprocess:
     def _resized(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         if picture.size == size:
             return picture
-        if self.passes == "width_first":
+        if self.resampler == "torchvision":
+            if self.interpolation == "bicubic":
+                return resize_tensor(picture, size)
             picture = picture.resize((size[0], picture.size[1]), RESAMPLING[self.interpolation])
         return picture.resize(size, RESAMPLING[self.interpolation])
 
