@@ -33,10 +33,13 @@ from bvl.errors import UserError
 
 
 def write_tokenizer(folder: Path, vocab_size: int, start: str | None, end: str, pad: str) -> None:
-    """A tokenizer of made-up words, whose last ids are the special tokens (CLIP pools at the highest id)."""
-    special = ["[UNK]", *(token for token in dict.fromkeys((pad, start, end)) if token and token != end), end]
-    words = [f"w{i}" for i in range(vocab_size - len(special))]
-    vocab = {word: i for i, word in enumerate([*words, *special])}
+    """A tokenizer of made-up words. The end has the highest id, at which CLIP pools; padding that is not the end has
+    id 0, which BERT hides."""
+    first = [pad] if pad != end else []
+    last = ["[UNK]", *([start] if start and start != end else []), end]
+    words = [f"w{i}" for i in range(vocab_size - len(first) - len(last))]
+    vocab = {word: i for i, word in enumerate([*first, *words, *last])}
+    special = [*first, *last]
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.add_special_tokens(special)
@@ -50,6 +53,14 @@ def write_tokenizer(folder: Path, vocab_size: int, start: str | None, end: str, 
     if start:
         options |= {"bos_token": start, "cls_token": start, "sep_token": end}
     (folder / "tokenizer_config.json").write_text(json.dumps(options))
+
+
+def write_qwen_tokenizer(folder: Path) -> None:
+    """Qwen2's own tokenizer with every byte as a token and no merges; transformers takes no other class for it."""
+    transformers = import_peer("transformers", what="this tool")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "<|endoftext|>"])}
+    transformers.Qwen2Tokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
 
 
 def randomise(model) -> None:
@@ -142,15 +153,22 @@ def biomedclip(folder: Path) -> str:
     return f"open_clip:{folder}"
 
 
-def hf_model(class_name: str, config: Callable, tokenizer: tuple | None, processor: str | None) -> Callable:
-    """A transformers class with a config of full size; tokenizer: (vocabulary, start, end, pad)."""
+def hf_model(
+    class_name: str,
+    config: Callable,
+    tokenizer: tuple | Callable[[Path], None] | None,
+    processor: str | None,
+) -> Callable:
+    """A transformers class with a config of full size; tokenizer: (vocabulary, start, end, pad), or what writes it."""
 
     def make(folder: Path) -> str:
         transformers = import_peer("transformers", what="this tool")
         model = getattr(transformers, class_name)(config(transformers))
         randomise(model)
         model.save_pretrained(folder)
-        if tokenizer is not None:
+        if callable(tokenizer):
+            tokenizer(folder)
+        elif tokenizer is not None:
             write_tokenizer(folder, *tokenizer)
         if processor is not None:
             getattr(transformers, processor)().save_pretrained(folder)
@@ -237,7 +255,7 @@ MODELS: dict[str, tuple[Callable[[Path], str], str | None]] = {
                 vocab_size=151936,
                 tie_word_embeddings=True,
             ),
-            (151936, "<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+            write_qwen_tokenizer,
             None,
         ),
         None,

@@ -20,6 +20,7 @@ _NUMBER = set(
 _NUMBER_OR_NONE = set(
     "init_logit_bias ls_init_value patch_dropout timm_drop timm_drop_path rope_theta partial_rotary_factor".split()
 )
+# A ResNet has no patches, and open_clip's configs say so.
 _SIDES = {"image_size", "patch_size"}
 _IDS = set("bos_token_id eos_token_id pad_token_id decoder_start_token_id eos_id pad_id".split())
 _NAME_OR_NONE = set(
@@ -51,7 +52,7 @@ def _wanted(name: str, value: Any) -> str | None:
     """In words what the value of an option should be; None where it is that, or nothing is known of the option."""
     if (
         value is None
-        and name in _WHOLE_OR_NONE | _NUMBER_OR_NONE | _NAME_OR_NONE | _PART_OR_NONE | _SWITCH | _IDS
+        and name in _SIDES | _WHOLE_OR_NONE | _NUMBER_OR_NONE | _NAME_OR_NONE | _PART_OR_NONE | _SWITCH | _IDS
     ):
         return None
     if name in _WHOLE | _WHOLE_OR_NONE and not _is_whole(value):

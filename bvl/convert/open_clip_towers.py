@@ -209,6 +209,8 @@ def read_vision(
         where=where,
     )
     patch = vision.get("patch_size", 16)
+    if patch is None:
+        raise ConversionError(f"{where}: patch_size=None, which only a ResNet can have (layers: a list)")
     rows, columns = patch if isinstance(patch, list | tuple) else (patch, patch)
     if rows != columns:
         raise ConversionError(f"{where}: patch_size={patch!r} is not square, which bvl does not reproduce")
