@@ -1,6 +1,6 @@
 """Convert models of full size, with random weights, in and out again, and print the largest differences.
 
-    python tools/parity_all.py                 # all, about 40 minutes on 2 cores
+    python tools/parity_all.py                 # all, about 15 minutes on 2 cores
     python tools/parity_all.py ViT-B-32 bert   # those whose name contains one of the words
     python tools/parity_all.py --out parity.md
 
