@@ -6,10 +6,22 @@ import pytest
 
 TESTS = Path(__file__).parent
 SHARDED = TESTS / "sharded"
+# Those that take longest begin first, so that no worker of `pytest -n` is left with one at the end.
+LONGEST = ("test_sharded.py", "test_loop.py", "test_step.py", "test_mechanisms.py", "test_grounding.py")
 
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+
+
+def pytest_configure(config):
+    # xdist would begin with the files that have the most tests.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_ignore_collect(collection_path, config):

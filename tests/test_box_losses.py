@@ -4,8 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import fast_compilation  # noqa: F401
 
-from bvl.losses.boxes import box_iou, box_l1, generalized_iou, pairwise_generalized_iou
+from bvl.losses import boxes
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+box_iou, box_l1 = jax.jit(boxes.box_iou), jax.jit(boxes.box_l1)
+generalized_iou, pairwise_generalized_iou = map(
+    jax.jit, (boxes.generalized_iou, boxes.pairwise_generalized_iou)
+)
 
 
 def naive_giou(a, b):
@@ -52,22 +60,22 @@ def test_known_values(a, b, iou, giou):
 def test_gradients_are_finite_for_any_boxes():
     point, line, tiny = [0.5, 0.5, 0.5, 0.5], [0.2, 0.3, 0.9, 0.3], [0.0, 0.0, 1e-10, 1e-10]
     reversed_, whole = [0.9, 0.8, 0.1, 0.2], [0.0, 0.0, 1.0, 1.0]
-    boxes = jnp.array([point, line, tiny, reversed_, whole], jnp.float32)
+    some = jnp.array([point, line, tiny, reversed_, whole], jnp.float32)
 
     def total(a, b):
         return (pairwise_generalized_iou(a, b) + box_iou(a, b)).sum() + box_l1(a, b).sum()
 
-    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(boxes, boxes)
+    value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(some, some)
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in gradients)
 
 
 def test_gradient_draws_separate_boxes_together():
     a, b = jnp.array([0.0, 0.0, 0.2, 1.0]), jnp.array([0.6, 0.0, 0.8, 1.0])
-    assert jax.grad(lambda a: generalized_iou(a, b))(a)[2] > 0
-    assert jax.grad(lambda a: box_iou(a[None], b[None])[0, 0])(a)[2] == 0
+    assert jax.jit(jax.grad(lambda a: generalized_iou(a, b)))(a)[2] > 0
+    assert jax.jit(jax.grad(lambda a: box_iou(a[None], b[None])[0, 0]))(a)[2] == 0
 
 
 def test_half_precision_is_computed_in_f32():
-    boxes = jnp.array([[0.1, 0.1, 0.3, 0.2]], jnp.bfloat16)
-    assert generalized_iou(boxes, boxes).dtype == box_l1(boxes, boxes).dtype == jnp.float32
+    one = jnp.array([[0.1, 0.1, 0.3, 0.2]], jnp.bfloat16)
+    assert generalized_iou(one, one).dtype == box_l1(one, one).dtype == jnp.float32

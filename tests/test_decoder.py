@@ -65,10 +65,27 @@ def made(layout: str):
     return decoder, params, visual, visual_mask, tokens, mask
 
 
+@functools.cache
+def applied(layout: str, method: str | None = None, **options):
+    """A method of the decoder with its parameters, compiled."""
+    decoder, params, *_ = made(layout)
+    run = jax.jit(lambda params, *args: decoder.apply({"params": params}, *args, **options, method=method))
+    return functools.partial(run, params)
+
+
+@functools.cache
+def prefilled(layout: str):
+    """(logits, context, cache) after the prefix."""
+    _, _, visual, visual_mask, tokens, mask = made(layout)
+    prefix = tokens[:, :PREFIX], mask[:, :PREFIX]
+    return applied(layout, "prefill", max_new=NEW)(visual, visual_mask, *prefix)
+
+
+@functools.cache
 def all_logits(layout: str) -> np.ndarray:
     """After every token, by recomputation of the whole sequence."""
-    decoder, params, visual, visual_mask, tokens, mask = made(layout)
-    hidden = decoder.apply({"params": params}, visual, visual_mask, tokens, mask)
+    _, params, visual, visual_mask, tokens, mask = made(layout)
+    hidden = applied(layout)(visual, visual_mask, tokens, mask)
     table = params["head"] if "head" in params else params["token_embed"]
     return np.asarray(hidden @ table.T)
 
@@ -76,33 +93,26 @@ def all_logits(layout: str) -> np.ndarray:
 @pytest.mark.parametrize("layout", LAYOUTS | IMPORTED)
 def test_cached_decoding_equals_full_recomputation(layout):
     """Tolerance 1e-5: sums are ordered differently. Three equal continuations see what one would."""
-    decoder, params, visual, visual_mask, tokens, mask = made(layout)
-    apply = functools.partial(decoder.apply, {"params": params})
+    _, _, visual, visual_mask, tokens, mask = made(layout)
     expected = all_logits(layout)
-    logits, context, cache = apply(
-        visual, visual_mask, tokens[:, :PREFIX], mask[:, :PREFIX], NEW, method="prefill"
-    )
+    logits, context, cache = prefilled(layout)
     np.testing.assert_allclose(logits, expected[:, PREFIX - 1], atol=1e-5)
     cache = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=1), cache)
     for t in range(NEW):
         fed = jnp.repeat(tokens[:, PREFIX + t, None], 3, axis=1)
-        logits, cache = apply(context, cache, fed, jnp.asarray(t), method="step")
+        logits, cache = applied(layout, "step")(context, cache, fed, jnp.asarray(t))
         for beam in range(3):
             np.testing.assert_allclose(logits[:, beam], expected[:, PREFIX + t], atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_continuations_of_a_row_do_not_mix(layout):
-    decoder, params, visual, visual_mask, tokens, mask = made(layout)
-    apply = functools.partial(decoder.apply, {"params": params})
-    _, context, cache = apply(
-        visual, visual_mask, tokens[:, :PREFIX], mask[:, :PREFIX], NEW, method="prefill"
-    )
+    _, context, cache = prefilled(layout)
 
     def run(words):
         state = jax.tree.map(lambda x: jnp.repeat(x, words.shape[1], axis=1), cache)
         for t in range(2):
-            logits, state = apply(context, state, words[:, :, t], jnp.asarray(t), method="step")
+            logits, state = applied(layout, "step")(context, state, words[:, :, t], jnp.asarray(t))
         return logits
 
     words = jnp.asarray(np.random.default_rng(1).integers(5, VOCAB, (2, 3, 2)))
@@ -115,15 +125,15 @@ def test_continuations_of_a_row_do_not_mix(layout):
 def test_padding_in_front_changes_nothing(layout):
     decoder, params, visual, visual_mask, tokens, mask = made(layout)
     expected = all_logits(layout)[1, 2:]
-    hidden = decoder.apply({"params": params}, visual[1:], visual_mask[1:], tokens[1:, 2:], mask[1:, 2:])
+    hidden = applied(layout)(visual[1:], visual_mask[1:], tokens[1:, 2:], mask[1:, 2:])
     table = params["head"] if "head" in params else params["token_embed"]
     np.testing.assert_allclose(hidden[0] @ table.T, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_token_sees_a_later_one_and_every_one_sees_the_image(layout):
-    decoder, params, visual, visual_mask, tokens, mask = made(layout)
-    apply = functools.partial(decoder.apply, {"params": params})
+    _, _, visual, visual_mask, tokens, mask = made(layout)
+    apply = applied(layout)
     hidden = apply(visual, visual_mask, tokens, mask)
     other = apply(visual, visual_mask, tokens.at[:, 5].set(1), mask)
     # Row 1 begins with two places of padding, of which nobody reads the states.
@@ -137,7 +147,7 @@ def test_no_token_sees_a_later_one_and_every_one_sees_the_image(layout):
 def test_visual_tokens_that_are_masked_are_not_seen():
     for layout in LAYOUTS:
         decoder, params, visual, visual_mask, tokens, mask = made(layout)
-        apply = functools.partial(decoder.apply, {"params": params})
+        apply = applied(layout)
         hidden = apply(visual, visual_mask, tokens, mask)
         moved = apply(visual.at[:, 1:].add(1.0), visual_mask, tokens, mask)
         np.testing.assert_allclose(hidden[1, 2:], moved[1, 2:], atol=1e-6)
@@ -145,8 +155,9 @@ def test_visual_tokens_that_are_masked_are_not_seen():
 
 def test_unimodal_half_of_coca_does_not_see_the_image_and_is_the_same_for_text_alone():
     decoder, params, _, _, tokens, mask = made("coca")
-    hidden, _ = decoder.apply({"params": params}, tokens, mask, method="embed_text")
-    again, _ = decoder.apply({"params": params}, tokens[1:, 2:], mask[1:, 2:], method="embed_text")
+    embed = applied("coca", "embed_text")
+    hidden, _ = embed(tokens, mask)
+    again, _ = embed(tokens[1:, 2:], mask[1:, 2:])
     np.testing.assert_allclose(hidden[1, 2:], again[0], atol=1e-5)
     assert "cross" not in params["block_0"] and "cross" in params["block_1"]
 
@@ -157,6 +168,7 @@ def test_the_class_token_behind_a_text_sees_it_and_one_place_more():
     length = tokens.shape[1]
     mask = jnp.arange(length) < jnp.asarray([[length], [length - 3]])
 
+    @jax.jit
     def embed(params, tokens):
         return decoder.apply({"params": params}, tokens, mask, method="embed_text")
 
@@ -174,7 +186,7 @@ def test_parallel_rows_see_both_ways_and_padding_but_not_the_padding_of_the_pref
     decoder, params, visual, visual_mask, tokens, mask = made("gpt2")
     mask = mask.at[:, -2:].set(False)
     parallel = jnp.asarray([False, True])
-    apply = functools.partial(decoder.apply, {"params": params})
+    apply = applied("gpt2")
     hidden = apply(visual, visual_mask, tokens, mask, parallel)
     other = apply(visual, visual_mask, tokens.at[:, -1].set(1), mask, parallel)
     np.testing.assert_array_equal(hidden[0, :-2], other[0, :-2])
@@ -188,14 +200,15 @@ def test_a_dropped_image_is_one_null_token_whatever_the_image_is(queries):
     module = VisualTokens(16, queries)
     tokens = jnp.asarray(np.random.default_rng(0).normal(size=(2, VISUAL, 8)), jnp.float32)
     dropped = jnp.asarray([False, True])
-    params = unbox(module.init(jax.random.key(0), tokens, dropped)["params"])
-    visual, mask = module.apply({"params": params}, tokens, dropped)
+    params = unbox(jax.jit(module.init)(jax.random.key(0), tokens, dropped)["params"])
+    apply = jax.jit(lambda p, tokens: module.apply({"params": p}, tokens, dropped))
+    visual, mask = apply(params, tokens)
     assert visual.shape == (2, queries or VISUAL, 16)
     assert mask.tolist() == [[True] * (queries or VISUAL), [True] + [False] * ((queries or VISUAL) - 1)]
-    again, _ = module.apply({"params": params}, 2 * tokens, dropped)
+    again, _ = apply(params, 2 * tokens)
     np.testing.assert_array_equal(visual[1], again[1])
     assert np.abs(np.asarray(visual[0] - again[0])).max() > 1e-3
-    gradient = jax.grad(lambda p: module.apply({"params": p}, tokens, dropped)[0][1, 0].sum())(params)
+    gradient = jax.jit(jax.grad(lambda p: apply(p, tokens)[0][1, 0].sum()))(params)
     assert np.abs(gradient["null"]).max() > 0
 
 
@@ -249,12 +262,16 @@ def test_cached_decoding_in_bfloat16():
     """Tolerance 0.1: logits up to about 4 with steps of 1/64 there, rounded differently in two blocks."""
     _, params, visual, visual_mask, tokens, mask = made("gpt2")
     decoder = Decoder(BASE, VOCAB, PREFIX + NEW + 1, dtype=jnp.bfloat16)
-    apply = functools.partial(decoder.apply, {"params": params})
+
+    @functools.partial(jax.jit, static_argnames=("max_new", "method"))
+    def apply(*args, **options):
+        return decoder.apply({"params": params}, *args, **options)
+
     hidden = apply(visual, visual_mask, tokens, mask)
     assert hidden.dtype == jnp.bfloat16
     expected = np.asarray(hidden, np.float32) @ np.asarray(params["token_embed"]).T
     logits, context, cache = apply(
-        visual, visual_mask, tokens[:, :PREFIX], mask[:, :PREFIX], NEW, method="prefill"
+        visual, visual_mask, tokens[:, :PREFIX], mask[:, :PREFIX], max_new=NEW, method="prefill"
     )
     assert logits.dtype == jnp.float32 and {x.dtype for x in jax.tree.leaves(cache)} == {
         jnp.dtype("bfloat16")
@@ -270,9 +287,12 @@ def test_dropout_differs_by_key_and_is_absent_without():
     plain, params, visual, visual_mask, tokens, mask = made("gpt2")
     dropping = Decoder(dataclasses.replace(BASE, dropout=0.5), VOCAB, PREFIX + NEW + 1)
 
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(decoder, keys):
+        return decoder.apply({"params": params}, visual, visual_mask, tokens, mask, None, keys)
+
     def hidden(decoder, *seeds):
-        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds)) if seeds else None
-        return np.asarray(decoder.apply({"params": params}, visual, visual_mask, tokens, mask, None, keys))
+        return np.asarray(run(decoder, jax.vmap(jax.random.key)(jnp.asarray(seeds)) if seeds else None))
 
     np.testing.assert_array_equal(hidden(dropping), hidden(plain))
     first, second = hidden(dropping, 0, 1), hidden(dropping, 0, 2)
@@ -286,8 +306,10 @@ def test_rematerialised_blocks_have_the_same_gradient():
 
     def gradient(config):
         other = Decoder(config, VOCAB, PREFIX + NEW + 1)
-        return jax.grad(
-            lambda p: jnp.square(other.apply({"params": p}, visual, visual_mask, tokens, mask)).sum()
+        return jax.jit(
+            jax.grad(
+                lambda p: jnp.square(other.apply({"params": p}, visual, visual_mask, tokens, mask)).sum()
+            )
         )(params)
 
     plain = gradient(BASE)

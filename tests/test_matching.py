@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
+from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.errors import ConfigError
 from bvl.losses.matching import match, matching_cost
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 # One compilation a shape and number of repeats for the whole file.
 jitted = jax.jit(match, static_argnames="repeats")
