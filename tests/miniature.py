@@ -19,7 +19,7 @@ from bvl.data.pipeline import DataConfig, Pipeline
 from bvl.data.sources import RecordSet, Source
 from bvl.data.text import Tokenizer, TokenizerConfig
 from bvl.data.transforms import Preprocess
-from bvl.mesh import MeshConfig, make_mesh, to_global, unbox
+from bvl.mesh import MeshConfig, make_mesh, replicated, to_global, unbox
 from bvl.models.text import TextConfig
 from bvl.models.vit import ViTConfig
 from bvl.models.vlm import DualEncoderConfig
@@ -138,6 +138,36 @@ def _step(
     return optimizer, make_train_step(_program(model, task, context, classes), optimizer, None)
 
 
+# (the sources, which keep their ids, the pipeline over them, its batches so far)
+_DRAWN: dict[Any, tuple[tuple[Source, ...], Pipeline, list[dict[str, np.ndarray]]]] = {}
+
+
+def _batches(
+    train: tuple[Source, ...],
+    task: Contrastive,
+    context: int,
+    classes: tuple[str, ...],
+    batch_size: int,
+    steps: int,
+) -> list[dict[str, np.ndarray]]:
+    """The first batches of the sources, drawn once for all runs that read the same."""
+    key = tuple(map(id, train)), task.fields(), context, classes, batch_size
+    if key not in _DRAWN:
+        pipeline = Pipeline(
+            dataclasses.replace(_config(MODEL, task).data, train=train),
+            sets=[RecordSet(one) for one in train],
+            keys_of_tasks={"contrastive": task.fields()},
+            tokenizer=tokenizer(context),
+            classes=classes,
+            batch_size=batch_size,
+            seed=0,
+        )
+        _DRAWN[key] = train, pipeline, []
+    _, pipeline, drawn = _DRAWN[key]
+    drawn.extend(batch for batch, _ in pipeline.batches(start=len(drawn), stop=steps))
+    return drawn[:steps]
+
+
 def fit(
     *train: Source,
     task: Contrastive = PLAIN,
@@ -153,19 +183,11 @@ def fit(
     fresh = _once(_fresh, model, context) if start_from is None else start_from.params
     optimizer, step = _once(_step, model, task, optim, context, classes)
     config = _config(model, task)
-    pipeline = Pipeline(
-        dataclasses.replace(config.data, train=train),
-        sets=[RecordSet(one) for one in train],
-        keys_of_tasks={"contrastive": task.fields()},
-        tokenizer=tokenizer(context),
-        classes=classes,
-        batch_size=batch_size,
-        seed=0,
-    )
     params = jax.tree.map(jnp.array, fresh)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), None, {"contrastive": None})
-    rows = []
-    for batch, _ in pipeline.batches(start=0, stop=steps):
+    # Where the step puts its result too; else its second call would compile it anew.
+    state, rows = jax.device_put(state, replicated(_mesh())), []
+    for batch in _batches(train, task, context, classes, batch_size, steps):
         state, metrics = step(state, {}, to_global(batch, _mesh()))
         rows.append(metrics["tasks"]["contrastive"])
     rows = [{name: float(total / count) for name, (total, count) in row.items()} for row in rows]

@@ -4,6 +4,7 @@ Each test trains with the mechanism and without it, all else equal, and compares
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -42,6 +43,25 @@ def training(count: int = 400):
     return pictures("train", count)
 
 
+@functools.cache
+def pairs():
+    """The pictures with all their facts, drawn once for the tests that read them."""
+    images, records = training()
+    return source(records, images, text=FACTS)
+
+
+@functools.cache
+def plain():
+    """80 steps on `pairs` without any mechanism: CLIP's loss."""
+    return fit(pairs(), steps=80)[0]
+
+
+@functools.cache
+def plain_without_equal_texts():
+    """As `plain`, where an image's own text alone is right."""
+    return fit(pairs(), task=Contrastive(targets="diagonal"), steps=80)[0]
+
+
 def held_out():
     return pictures("val", 200)
 
@@ -61,14 +81,12 @@ def log_loss(components, texts: list[str], truth: np.ndarray) -> float:
 def test_clip_learns_its_temperature():
     """Zero-shot probabilities become sharp. At the fixed scale 1 the nearest text is as often right (0.92 against
     0.94), but its probability stays about 0.1 and the log loss 2.3, against 0.2."""
-    images, records = training()
     texts, truth = classes_by(FACTS)
     start = dataclasses.replace(MODEL, init_temperature=1.0)
-    pairs = source(records, images, text=FACTS)
     learned, _ = fit(
-        pairs, model=start, optim=dataclasses.replace(OPTIM, lr_multipliers={"log_scale$": 30.0})
+        pairs(), model=start, optim=dataclasses.replace(OPTIM, lr_multipliers={"log_scale$": 30.0})
     )
-    fixed, _ = fit(pairs, model=start, optim=dataclasses.replace(OPTIM, freeze=("log_scale$",)))
+    fixed, _ = fit(pairs(), model=start, optim=dataclasses.replace(OPTIM, freeze=("log_scale$",)))
     assert fixed.scale_and_bias()[0] == 1.0 < 10.0 < learned.scale_and_bias()[0]
     assert accuracy(learned, held_out()[0], texts, truth) > 0.85
     assert log_loss(learned, texts, truth) < 0.5 < 1.5 < log_loss(fixed, texts, truth)
@@ -78,7 +96,6 @@ def test_siglip_says_yes_or_no_to_a_single_pair():
     """A probability above one half means "these belong together" (sensitivity 0.94, specificity 0.99). The softmax
     says so to every second pair that does not (specificity 0.53), and a sigmoid whose targets deny that equal texts
     belong to each other's images says so to none."""
-    images, records = training()
     texts, truth = classes_by(FACTS)
     belong = truth[:, None] == np.arange(len(texts))
 
@@ -87,15 +104,13 @@ def test_siglip_says_yes_or_no_to_a_single_pair():
         yes = scale * cosines(components, held_out()[0], texts) + bias > 0
         return float(yes[belong].mean()), float(1 - yes[~belong].mean())
 
-    pairs = source(records, images, text=FACTS)
     with_bias = dataclasses.replace(MODEL, init_temperature=0.1, init_bias=-10.0)
-    sigmoid, _ = fit(pairs, model=with_bias, task=Contrastive(loss_type="sigmoid"), steps=80)
+    sigmoid, _ = fit(pairs(), model=with_bias, task=Contrastive(loss_type="sigmoid"), steps=80)
     sensitivity, specificity = judged(sigmoid)
     assert sensitivity > 0.85 and specificity > 0.95
-    softmax, _ = fit(pairs, steps=80)
-    assert judged(softmax)[1] < 0.7
+    assert judged(plain())[1] < 0.7
     denied, _ = fit(
-        pairs, model=with_bias, task=Contrastive(loss_type="sigmoid", targets="diagonal"), steps=80
+        pairs(), model=with_bias, task=Contrastive(loss_type="sigmoid", targets="diagonal"), steps=80
     )
     assert judged(denied)[0] < 0.1
 
@@ -108,13 +123,13 @@ def test_align_smoothing_keeps_wrong_pairs_from_being_learned_by_heart():
     rng = np.random.default_rng(0)
     wrong = rng.random(96) < 0.25
     told = [records[rng.integers(len(records))] if w else records[i] for i, w in enumerate(wrong)]
-    pairs = source(told, images[:96], text=FACTS)
+    wrong_pairs = source(told, images[:96], text=FACTS)
     start = 1 / MODEL.init_temperature
-    plain, _ = fit(pairs, steps=200)
-    smoothed, _ = fit(pairs, task=Contrastive(label_smoothing=0.1), steps=200)
-    assert smoothed.scale_and_bias()[0] < start - 1 < start + 1 < plain.scale_and_bias()[0]
-    assert log_loss(smoothed, texts, truth) < log_loss(plain, texts, truth) - 0.1
-    found = [accuracy(c, held_out()[0], texts, truth) for c in (smoothed, plain)]
+    surer, _ = fit(wrong_pairs, steps=200)
+    smoothed, _ = fit(wrong_pairs, task=Contrastive(label_smoothing=0.1), steps=200)
+    assert smoothed.scale_and_bias()[0] < start - 1 < start + 1 < surer.scale_and_bias()[0]
+    assert log_loss(smoothed, texts, truth) < log_loss(surer, texts, truth) - 0.1
+    found = [accuracy(c, held_out()[0], texts, truth) for c in (smoothed, surer)]
     assert found[0] > found[1] - 0.1
 
 
@@ -142,12 +157,11 @@ def test_convirt_weights_of_the_directions():
     """Three quarters of the weight on image-to-text lower its loss (2.80 against 2.86) and raise that of text-to-image
     (3.13 against 2.88), compared to the opposite weights. The image tower is frozen: random embeddings lie close
     together, so that the two directions want different things of the text tower."""
-    images, records = training()
     own = [FACTS.format(**record) for record in held_out()[1]]
-    pairs, optim = source(records, images, text=FACTS), dataclasses.replace(OPTIM, freeze=("model/image",))
+    optim = dataclasses.replace(OPTIM, freeze=("model/image",))
     losses = []
     for weights in ((0.75, 0.25), (0.25, 0.75)):
-        model, _ = fit(pairs, task=Contrastive(direction_weights=weights), optim=optim)
+        model, _ = fit(pairs(), task=Contrastive(direction_weights=weights), optim=optim)
         logits = model.scale_and_bias()[0] * cosines(model, held_out()[0], own)
         losses.append([-np.diag(scipy.special.log_softmax(logits, axis)).mean() for axis in (1, 0)])
     (image_first, text_second), (image_second, text_first) = losses
@@ -223,14 +237,14 @@ def test_flair_knows_a_class_by_its_description():
     truth = [unseen.index(label_of(held_out()[1][i])) for i in test]
     found = []
     for descriptions in (MEANINGS, {}):
-        pairs = source(
+        shown = source(
             [{"labels": [labels[i]]} for i in kept],
             images[kept],
             text="labels",
             templates=("a picture of {}",),
             descriptions=descriptions,
         )
-        model, _ = fit(pairs, steps=120)
+        model, _ = fit(shown, steps=120)
         prompts = [f"a picture of {descriptions.get(name, (name,))[0]}" for name in unseen]
         found.append(accuracy(model, held_out()[0][test], prompts, truth))
     assert len(test) > 40 and found[0] > 0.8 and found[1] < 0.6, found
@@ -241,12 +255,17 @@ def test_flair_soft_targets_by_category():
     stand before those of others; the diagonal pushes texts of the same category apart."""
     images, records = training()
     categories = tuple(MODALITY.values())
-    pairs = source([{**record, "labels": [record["modality"]]} for record in records], images, text=FACTS)
+    labelled = [{**record, "labels": [record["modality"]]} for record in records]
+    soft, _ = fit(
+        source(labelled, images, text=FACTS),
+        task=Contrastive(targets="same_labels"),
+        classes=categories,
+        steps=80,
+    )
     texts = [FACTS.format(**kind) for kind in KINDS]
     same = np.array([[kind["modality"] == r["modality"] for kind in KINDS] for r in held_out()[1]])
     found = {}
-    for targets in ("same_labels", "diagonal"):
-        model, _ = fit(pairs, task=Contrastive(targets=targets), classes=categories)
+    for targets, model in (("same_labels", soft), ("diagonal", plain_without_equal_texts())):
         similar = cosines(model, held_out()[0], texts)
         first = np.argsort(-similar, axis=1)[:, : same.sum(1)[0]]
         found[targets] = float(np.take_along_axis(same, first, axis=1).mean())
@@ -347,13 +366,18 @@ def test_medclip_partly_equal_labels_are_partly_near():
     diagonal two shared labels of three are hardly nearer than one (0.66)."""
     images, records = training()
     labels = (*MODALITY.values(), *TONES, *COVERS)
-    pairs = source([{**record, "labels": list(record.values())} for record in records], images, text=FACTS)
+    labelled = [{**record, "labels": list(record.values())} for record in records]
+    similar_labels, _ = fit(
+        source(labelled, images, text=FACTS),
+        task=Contrastive(targets="label_similarity", target_temperature=0.2),
+        classes=labels,
+        steps=80,
+    )
     shared = np.array(
         [[len(kind.items() & record.items()) for kind in KINDS] for record in held_out()[1]], float
     )
     found = []
-    for options in (dict(targets="label_similarity", target_temperature=0.2), dict(targets="diagonal")):
-        model, _ = fit(pairs, task=Contrastive(**options), classes=labels, steps=80)
+    for model in (similar_labels, plain_without_equal_texts()):
         similar = cosines(model, held_out()[0], [FACTS.format(**kind) for kind in KINDS])
         found.append(np.corrcoef(similar.ravel(), shared.ravel())[0, 1])
     assert found[0] > 0.82 and found[1] < found[0] - 0.1, found
