@@ -230,15 +230,19 @@ def test_detection_against_loops(masks, positives):
     batch, found = a_batch(), located(False)
     ctx = context(batch, found)
     names = np.asarray(ctx.features["phrase"].embed).reshape(IMAGES, PHRASES, EMBED)
-    loss = jax.jit(lambda f: task.loss(context(batch, f)).loss)
+
+    @jax.jit
+    def loss(found, batch):
+        output = task.loss(context(batch, found))
+        return output.loss, output.metrics["iou"]
+
     expected, count, _ = naive_detection(task, batch, found, names)
-    assert float(loss(found)) == pytest.approx(expected, rel=1e-4)
+    assert float(loss(found, batch)[0]) == pytest.approx(expected, rel=1e-4)
     assert float(task.count(batch, INFO)) == count == 2
     silent = batch | {"object_known": jnp.array([False, True, True])}
     expected, count, overlap = naive_detection(task, silent, found, names)
-    output = task.loss(context(silent, found))
-    assert float(output.loss) == pytest.approx(expected, rel=1e-4) and count == 1
-    total, matches = output.metrics["iou"]
+    value, (total, matches) = loss(found, silent)
+    assert float(value) == pytest.approx(expected, rel=1e-4) and count == 1
     assert float(total / matches) == pytest.approx(overlap, rel=1e-4), "each with its own target"
 
 
@@ -270,11 +274,12 @@ def test_a_batch_without_anything_valid(task):
 def test_matched_boxes():
     boxes = jnp.float32([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0, 0, 0.5, 0.4]])
     targets = jnp.float32([[0, 0, 0.5, 0.5], [0.1, 0.1, 0.2, 0.2]])
-    fit = match_boxes(boxes, jnp.zeros((3, 1)), targets, jnp.array([True, False]))
+    fitted = jax.jit(match_boxes)
+    fit = fitted(boxes, jnp.zeros((3, 1)), targets, jnp.array([True, False]))
     assert fit.assigned.tolist() == [0, -1, -1] and fit.matched.tolist() == [True, False, False]
     assert float(fit.l1) == float(fit.giou) == 0 and int(fit.count) == 1
     np.testing.assert_allclose(fit.iou, [1, 0, 0.8], atol=1e-6)
-    none = match_boxes(boxes, jnp.zeros((3, 1)), targets, jnp.zeros(2, bool))
+    none = fitted(boxes, jnp.zeros((3, 1)), targets, jnp.zeros(2, bool))
     assert none.assigned.tolist() == [-1] * 3 and float(none.l1) == float(none.giou) == 0
     assert int(none.count) == 1 and not none.iou.any()
 
@@ -284,7 +289,8 @@ def test_equal_phrases_share_the_contrast():
     batch, found = a_batch(), located(True)
     weights = dict.fromkeys(("l1", "giou", "score", "bce", "dice", "presence"), 0.0)
     ctx = context(batch, found)
-    value = float(Grounding(contrast=1.0, **weights).loss(ctx).loss)
+    task = Grounding(contrast=1.0, **weights)
+    value = float(jax.jit(lambda found: task.loss(context(batch, found)).loss)(found))
     text, b = np.asarray(ctx.features["phrase"].embed), jax.tree.map(np.asarray, batch)
     valid = (b["phrase_valid"] & b["image_valid"][:, None]).reshape(-1)
     ids, losses = b["phrase_id"].reshape(-1), []
@@ -296,11 +302,14 @@ def test_equal_phrases_share_the_contrast():
     assert len(losses) == 4
 
 
-def taco(patches, seed=0, batch=None):
+@jax.jit
+def taco(patches, seed, batch):
+    """(loss, metric) of this term alone."""
     weights = dict.fromkeys(("l1", "giou", "score", "bce", "dice", "presence"), 0.0)
-    ctx = context(batch or a_batch(), located(True), seed)
+    ctx = context(batch, located(True), seed)
     ctx.features["image"] = ImageFeatures(tokens=jnp.zeros((IMAGES, 64, 4)), grid=(8, 8), patch_embed=patches)
-    return Grounding(taco=1.0, **weights).loss(ctx)
+    output = Grounding(taco=1.0, **weights).loss(ctx)
+    return output.loss, output.metrics["taco"]
 
 
 def test_taco_prefers_the_true_box():
@@ -319,16 +328,16 @@ def test_taco_prefers_the_true_box():
         for name, flip in (("right", False), ("wrong", True))
     }
     values = {
-        name: np.mean([float(taco(x, seed, batch).loss) for seed in range(5)]) for name, x in patches.items()
+        name: np.mean([float(taco(x, seed, batch)[0]) for seed in range(5)]) for name, x in patches.items()
     }
     assert values["right"] < 0.7 * values["wrong"], values
-    value, count = taco(patches["right"], 0, batch).metrics["taco"]
-    assert float(count) == 1 and float(value) == pytest.approx(float(taco(patches["right"], 0, batch).loss))
+    loss, (value, count) = taco(patches["right"], 0, batch)
+    assert float(count) == 1 and float(value) == pytest.approx(float(loss))
 
 
 def test_taco_has_a_finite_gradient():
     patches = jnp.float32(unit(np.random.default_rng(0).normal(size=(IMAGES, 64, EMBED))))
-    slopes = jax.grad(lambda x: taco(x).loss)(patches)
+    slopes = jax.jit(jax.grad(lambda x: taco(x, 0, a_batch())[0]))(patches)
     assert np.isfinite(slopes).all() and np.abs(slopes[:2]).max((1, 2)).all() and not slopes[2].any()
 
 
@@ -337,6 +346,7 @@ SIZE = 16
 
 @functools.cache
 def tiny_model(phrases="text"):
+    """(model, how it is initialised)."""
     config = DualEncoderConfig(
         image=ViTConfig("XXS/4", stem="conv", pool="mean", width=24, depth=1, num_heads=2),
         text=TextConfig(width=16, depth=1, num_heads=2),
@@ -348,8 +358,7 @@ def tiny_model(phrases="text"):
     )
     model = DualEncoder(config, (SIZE, SIZE), 8, WORDS, 2)
     image, tokens = jnp.zeros((1, SIZE, SIZE, 3)), jnp.zeros((1, WORDS), jnp.int32)
-    params = jax.jit(lambda k: unbox(model.init(k, image, tokens, tokens == 0)["params"]))(jax.random.key(0))
-    return model, params
+    return model, lambda key: unbox(model.init(key, image, tokens, tokens == 0)["params"])
 
 
 def two_images():
@@ -389,7 +398,8 @@ def loss_of(task, model, params, pixels, batch):
 
 def test_learning_two_images():
     """Every box, mask and answer right after some steps of both tasks."""
-    model, params = tiny_model()
+    model, init = tiny_model()
+    params = jax.jit(init)(jax.random.key(0))
     pixels, batch = two_images()
     tasks = Grounding(), Detection()
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 5e-3, 10, 150))
@@ -417,10 +427,11 @@ def test_learning_two_images():
 
 def test_the_marked_word_is_what_is_looked_for():
     """Phrases by the text decoder: its state at the mark is the query, with the image in view."""
-    model, params = tiny_model("decoder")
+    model, init = tiny_model("decoder")
     pixels, batch = two_images()
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.4, x.shape), x.dtype), params)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.4, x.shape), x.dtype), shapes)
     seen = {}
 
     def loss(params, pixels, marks):

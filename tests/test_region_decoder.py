@@ -61,7 +61,8 @@ def initialise(module, args):
 def build(config, dtype=jnp.float32):
     """(module, parameters, jitted (ground, detect))."""
     module = RegionDecoder(config, SIZE, EMBED, dtype=dtype)
-    params = initialise(module, inputs())
+    # The same in any precision.
+    params = initialise(module, inputs()) if dtype == jnp.float32 else build(config)[1]
     return module, params, jax.jit(lambda params, *args: module.apply({"params": params}, *args, method=both))
 
 
@@ -87,7 +88,8 @@ def test_shapes_and_ranges():
     for boxes in (found.boxes, objects.boxes):
         centre = (boxes[..., :2] + boxes[..., 2:]) / 2
         assert (boxes[..., 2:] > boxes[..., :2]).all() and (centre > 0).all() and (centre < 1).all()
-    _, objects = run(inputs(), a_config(instance_masks=True))
+    _, params, call = build(a_config(instance_masks=True))
+    _, objects = jax.eval_shape(call, params, *inputs())
     assert objects.mask_logits.shape == (IMAGES, PATCHES, 8, 12)
 
 
@@ -223,9 +225,8 @@ def test_likeness_to_names():
     module, params, _ = build(a_config())
     rng = np.random.default_rng(0)
     embed, names = (rng.normal(size=(IMAGES, n, EMBED)) for n in (4, 3))
-    logits = module.apply(
-        {"params": params}, jnp.float32(embed), jnp.float32(names), method="detection_logits"
-    )
+    likeness = jax.jit(functools.partial(module.apply, method="detection_logits"))
+    logits = likeness({"params": params}, jnp.float32(embed), jnp.float32(names))
     np.testing.assert_allclose(logits, 10 * np.einsum("bqe,bne->bqn", embed, names) - 2, rtol=1e-4, atol=1e-3)
 
 
