@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.errors import ConfigError
 from bvl.mesh import unbox
 from bvl.models.hybrid import HybridConfig
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 # The trunks of timm 1.0 without a head.
 PUBLISHED = {"ViTamin-S": 21877696, "ViTamin-B": 87132032, "ViTamin-L": 332531616}

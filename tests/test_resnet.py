@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import fast_compilation  # noqa: F401
 
 from bvl.errors import ConfigError
 from bvl.mesh import unbox
 from bvl.models.resnet import ResNetConfig
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 # As in open_clip 3.3 (image tower without the map after the attention pool, 2048 x 1024 + 1024 of RN50) and
 # torchvision 0.28 (without the classifier).
