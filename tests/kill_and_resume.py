@@ -50,15 +50,16 @@ def get_config() -> Config:
 
 
 class Runner:
-    """Runs the command in `folder`; compiled programs are kept there, so that only the first start compiles."""
+    """Runs the command in `folder`; compiled programs are kept there or in `compiled`, so that only the first start
+    compiles."""
 
-    def __init__(self, folder: Path, *, steps: int = 60):
+    def __init__(self, folder: Path, *, steps: int = 60, compiled: Path | None = None):
         self.folder = folder
         self.config = folder / "tiny.py"
         folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(CONFIG.replace("steps=60", f"steps={steps}"))
         self.environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(compiled or folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_PLATFORMS": "cpu",

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from kill_and_resume import Runner, assert_same_runs
+from kill_and_resume import assert_same_runs
 from PIL import Image
 from tasks_for_tests import Centre
 from tiny_run import (
@@ -21,6 +21,7 @@ from tiny_run import (
     metric_rows,
     saved_items,
     tiny_config,
+    traced_once,  # noqa: F401
 )
 
 import bvl
@@ -41,7 +42,7 @@ from bvl.train.environment import describe_environment
 from bvl.train.loop import TrainingFailed, _add, _means, train
 from bvl.train.optim import OptimConfig
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = pytest.mark.usefixtures("fast_compilation", "traced_once")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_rows_of_the_metrics(first_run):
 
 def test_the_share_of_a_stated_peak(tmp_path):
     log = LogConfig(every=0, tensorboard=False, peak_flops=1e9)
-    assert train(tiny_config(tmp_path / "run", steps=3, log=log)) == 0
+    assert train(tiny_config(tmp_path / "run", log=log)) == 0
     (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert row["time/peak_share"] == pytest.approx(row["time/flops_per_s"] / 1e9)
 
@@ -89,7 +90,7 @@ def test_norms_can_be_left_out_of_a_resumed_run(tmp_path):
     first, second = metric_rows(tmp_path / "run")
     assert first.keys() == second.keys()
     assert (
-        train(dataclasses.replace(tiny_config(tmp_path / "none", steps=3), log=LogConfig(norms=False))) == 0
+        train(dataclasses.replace(tiny_config(tmp_path / "none", steps=4), log=LogConfig(norms=False))) == 0
     )
     assert not [key for key in metric_rows(tmp_path / "none")[0] if "_norm/" in key]
 
@@ -212,27 +213,6 @@ def test_interrupted_between_rows_and_checkpoints(tmp_path, first_run):
         file.write('{"step": 4, "loss/total": 99.0}\n{"step": 5, "lo')
     assert train(config) == 0
     assert_same_runs(tmp_path / "run", first_run)
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_stop(tmp_path_factory, number, code):
-    """Real processes: stopped by a signal, the same command goes on, and the end is that of an uninterrupted run."""
-    runner = Runner(tmp_path_factory.getbasetemp().joinpath("signals"), steps=30)
-    if not (runner.folder / "whole").exists():
-        assert runner.run(*runner.train("whole")) == 0, runner.log()
-    name = signal.Signals(number).name
-    process = runner.popen(*runner.train(name))
-    try:
-        assert runner.wait_for(lambda: runner.rows(name) >= 1, process), runner.log()
-        process.send_signal(number)
-        assert process.wait(60) == code, runner.log()
-    finally:
-        process.kill()
-        process.wait()
-    (step,) = runner.steps(name)[-1:]
-    assert f"stopped at step {step} of 30" in runner.log()
-    assert runner.run(*runner.train(name)) == 0, runner.log()
-    assert_same_runs(runner.folder / name, runner.folder / "whole")
 
 
 def folder_of_images(root, *, broken, count=40):
@@ -552,9 +532,9 @@ def test_a_trace_of_some_steps(tmp_path, first_run, caplog):
 
 
 def test_a_trace_of_steps_that_do_not_come(tmp_path, caplog):
-    config = tiny_config(tmp_path / "run", steps=3)
-    with pytest.raises(ConfigError, match="log.profile=2:4 goes beyond the last step, steps=3"):
-        train(dataclasses.replace(config, log=LogConfig(profile="2:4")))
+    config = tiny_config(tmp_path / "run")
+    with pytest.raises(ConfigError, match="log.profile=5:7 goes beyond the last step, steps=6"):
+        train(dataclasses.replace(config, log=LogConfig(profile="5:7")))
     with stopped_at(2):
         assert train(config) == 130
     assert train(dataclasses.replace(config, log=LogConfig(tensorboard=False, profile="1:2"))) == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from bvl.data.transforms import Preprocess
 from bvl.models.text import TextConfig
 from bvl.models.vit import ViTConfig
 from bvl.models.vlm import DualEncoderConfig
-from bvl.runs import RunFolder
+from bvl.runs import Encoder, RunFolder
 from bvl.tasks.contrastive import Contrastive
 from bvl.train.optim import OptimConfig
+from bvl.train.setup import plan_state
+from bvl.train.step import make_train_step
 
 PHANTOMS = Phantoms(num_patients=30, image_size=32)
 
@@ -50,12 +53,49 @@ def tiny_config(workdir: Path | str | None = None, **changes: Any) -> Config:
     return dataclasses.replace(config, **changes)
 
 
+def compiled_programs(tmp_path_factory) -> Path:
+    """The folder of compiled programs that all tests share, also those of several worker processes."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
+
+
+_PROGRAMS: dict[Any, Any] = {}
+
+
+def once(kind: str, parts: tuple[Any, ...], make: Any) -> Any:
+    """What `make()` gave first for equal parts; it holds on to them, so that ids among them stay theirs."""
+    key = kind, repr(parts)
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = make(), parts
+    return _PROGRAMS[key][0]
+
+
+@pytest.fixture
+def traced_once(monkeypatch):
+    """Runs of equal programs share their jitted functions, as if one process went on; new processes are tested in
+    test_end_to_end.py. Fixtures of wider scope do not."""
+
+    def plan(config, program):
+        return once("plan", (config.optim, config.steps, program), lambda: plan_state(config, program))
+
+    def step(program, optimizer, shardings):
+        make = lambda: make_train_step(program, optimizer, shardings)  # noqa: E731
+        return once("step", (program, id(optimizer)), make)
+
+    def encoder(*parts):
+        return once("encoder", parts, lambda: Encoder(*parts))
+
+    monkeypatch.setattr("bvl.train.loop.plan_state", plan)
+    monkeypatch.setattr("bvl.train.loop.make_train_step", step)
+    monkeypatch.setattr("bvl.train.loop.Encoder", encoder)
+
+
 @pytest.fixture(scope="module")
 def fast_compilation(tmp_path_factory):
     """Compile with few optimisations, and equal programs once; tiny models gain nothing from more."""
     values = {
         "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_compilation_cache_dir": str(compiled_programs(tmp_path_factory)),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     old = {name: jax.config.values[name] for name in values}

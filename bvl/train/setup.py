@@ -231,6 +231,11 @@ class Plan:
     target: Any
     adapter: Adapter | None = None
 
+    @functools.cached_property
+    def fresh(self) -> Callable[[jax.Array], TrainState]:
+        """`init`, compiled, with every array born where it belongs."""
+        return jax.jit(lambda key: unbox(self.init(key)), out_shardings=self.shardings)
+
 
 def plan_state(config: Config, program: Program) -> Plan:
     """Shapes first, shardings second; arrays come last, in `first_state`."""
@@ -307,8 +312,7 @@ def first_state(
             return _restore(other.restore(step, items, optional={"sums": replicated(mesh)}), plan.adapter)
         finally:
             other.close()
-    fresh = jax.jit(lambda key: unbox(plan.init(key)), out_shardings=plan.shardings)
-    state = fresh(jax.random.key(config.seed))
+    state = plan.fresh(jax.random.key(config.seed))
     if start is None:
         return state, {}
     plain = {name: state.params[name] for name in ("model", "heads")}
