@@ -177,7 +177,17 @@ def hf_model(
     return make
 
 
+def vit_gpt2(transformers):
+    """The config of a captioner: a ViT whose tokens a GPT-2 reads."""
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(), transformers.GPT2Config()
+    )
+    config.decoder_start_token_id = config.eos_token_id = config.pad_token_id = GPT2[0] - 1
+    return config
+
+
 BERT = (30522, "[CLS]", "[SEP]", "[PAD]")
+GPT2 = (50257, "<|endoftext|>", "<|endoftext|>", "<|endoftext|>")
 MODELS: dict[str, tuple[Callable[[Path], str], str | None]] = {
     # name: (how to make it, the format it goes out to)
     "open_clip ViT-B-32": (open_clip_model("ViT-B-32"), "open_clip"),
@@ -210,6 +220,10 @@ MODELS: dict[str, tuple[Callable[[Path], str], str | None]] = {
         ),
         "hf",
     ),
+    "hf VisionEncoderDecoderModel (ViT, GPT-2)": (
+        hf_model("VisionEncoderDecoderModel", vit_gpt2, GPT2, "ViTImageProcessor"),
+        "hf",
+    ),
     "hf ViTModel": (hf_model("ViTModel", lambda t: t.ViTConfig(), None, "ViTImageProcessor"), "hf"),
     "hf Dinov2Model (RAD-DINO layout)": (
         hf_model("Dinov2Model", lambda t: t.Dinov2Config(image_size=518), None, "BitImageProcessor"),
@@ -221,7 +235,7 @@ MODELS: dict[str, tuple[Callable[[Path], str], str | None]] = {
         hf_model(
             "GPT2LMHeadModel",
             lambda t: t.GPT2Config(),
-            (50257, "<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+            GPT2,
             None,
         ),
         None,
