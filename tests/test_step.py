@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from tasks_for_tests import MOMENTUM, BatchNormTower, Centre, Shifted
-from tiny_run import assert_same_trees, fast_compilation, tiny_config  # noqa: F401
+from tiny_run import assert_same_trees, fast_compilation, once, tiny_config  # noqa: F401
 
 from bvl.data.phantoms import FINDINGS
 from bvl.data.pipeline import Pipeline, training_texts
@@ -99,11 +99,23 @@ def make_program(
 def build(program, optim=SGD, init_seed=0):
     """(state, jitted step, optimizer) of a program."""
     key = jax.random.key(init_seed)
-    optimizer = make_optimizer(optim, 100, unbox(jax.eval_shape(program.init_params, key)))
+    # A mesh does not tell its devices.
+    parts = program, optim, [device.id for device in program.mesh.devices.flat]
+    optimizer = once(
+        "optimizer",
+        parts,
+        lambda: make_optimizer(optim, 100, unbox(jax.eval_shape(program.init_params, key))),
+    )
     state, shardings = init_sharded(
         functools.partial(program.init_state, optimizer=optimizer), program.mesh, key
     )
-    return state, make_train_step(program, optimizer, shardings), optimizer
+    step = once("step", parts, lambda: make_train_step(program, optimizer, shardings))
+    return state, step, optimizer
+
+
+def fresh(program, seed=0):
+    """Parameters before the first step."""
+    return unbox(jax.jit(program.init_params)(jax.random.key(seed)))
 
 
 def start(program, **options):
@@ -123,8 +135,21 @@ def run(program, batches, **options):
 
 @functools.cache
 def three_steps():
-    """All three tasks, an average of the parameters, three steps."""
-    return run(make_program(TASKS, ema_decay=0.15), data()[1])
+    """All three tasks, an average of the parameters: (state after three steps, metrics, state after two)."""
+    state, step = start(make_program(TASKS, ema_decay=0.15))
+    metrics, states = [], []
+    for batch in data()[1]:
+        state, m = step(state, batch)
+        metrics.append(jax.tree.map(np.asarray, m))
+        states.append(jax.tree.map(np.array, state))
+    return states[-1], metrics, states[-2]
+
+
+def image_embeddings(program, params, batch):
+    """Of the batch, by the model with these parameters, as in evaluation."""
+    views = {"image": View("image")}
+    encode = jax.jit(lambda p: program.encode(program.model, program.preprocess, p, batch, views)[0])
+    return encode(params)["image"].embed
 
 
 def test_a_view_of_what_no_tower_gives():
@@ -148,7 +173,7 @@ def test_a_head_of_several_inputs():
 
 
 def test_the_step_is_blind_to_tasks():
-    state, metrics = three_steps()
+    state, metrics, _ = three_steps()
     assert int(state.step) == 3
     assert set(state.params["heads"]) == {"labels", "centre"}
     for name in TASKS:
@@ -159,7 +184,7 @@ def test_the_step_is_blind_to_tasks():
 
 def test_weights_of_the_tasks():
     """The total is the weighted sum of the losses, and so is the gradient."""
-    _, metrics = three_steps()
+    _, metrics, _ = three_steps()
     for m in metrics:
         losses = {name: m["tasks"][name]["loss"][0] / m["tasks"][name]["loss"][1] for name in TASKS}
         expected = losses["pairs"] + 0.5 * losses["labels"] + 2.0 * losses["centre"]
@@ -167,7 +192,7 @@ def test_weights_of_the_tasks():
 
     def gradient(weight):
         program = make_program({"labels": Classify(multi_label=True, weight=weight)})
-        params = unbox(program.init_params(jax.random.key(0)))
+        params = fresh(program)
         loss = lambda p: program.loss(p, {"labels": None}, {}, data()[1][0], jax.random.key(0), 0)[0]  # noqa: E731
         return jax.jit(jax.grad(loss))(params)
 
@@ -177,16 +202,13 @@ def test_weights_of_the_tasks():
 
 def test_extra_state_and_after_update():
     """`extra` goes from step to step; `after_update` sees the parameters after the update."""
-    state, _ = three_steps()
+    state, _, before = three_steps()
     extra = state.extra["centre"]
     assert int(extra["updates"]) == 3
     assert extra["log_scale"] == state.params["model"]["log_scale"]
-    before, _ = run(make_program(TASKS, ema_decay=0.15), data()[1][:2])
     program = make_program(TASKS)
-    features, _ = program.encode(
-        program.model, program.preprocess, before.params["model"], data()[1][2], {"image": View("image")}
-    )
-    expected = MOMENTUM * before.extra["centre"]["mean"] + (1 - MOMENTUM) * features["image"].embed.mean(0)
+    embed = image_embeddings(program, before.params["model"], data()[1][2])
+    expected = MOMENTUM * before.extra["centre"]["mean"] + (1 - MOMENTUM) * embed.mean(0)
     np.testing.assert_allclose(extra["mean"], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -239,7 +261,7 @@ def test_every_view_is_encoded_once(monkeypatch):
 def test_a_text_is_not_encoded_where_no_task_reads_it():
     program = make_program({"labels": TASKS["labels"]})
     assert program.views() == {"model": {"image": View("image", frozenset({"pooled"}))}}
-    params = unbox(program.init_params(jax.random.key(0)))
+    params = fresh(program)
     batch = {k: v for k, v in data()[1][0].items() if not k.startswith("text")}
     loss = lambda p: program.loss(p, {"labels": None}, {}, batch, jax.random.key(0), 0)[0]  # noqa: E731
     grads = jax.jit(jax.grad(loss))(params)
@@ -271,29 +293,25 @@ def test_two_tasks_of_one_kind_have_their_own_noise():
 def test_a_frozen_encoder_is_read_only():
     """Its features are those of its own parameters; it gets no gradient and does not change."""
     plain = make_program({"labels": TASKS["labels"]})
-    teacher = jax.tree.map(np.asarray, unbox(plain.init_params(jax.random.key(5))))["model"]
+    teacher = jax.tree.map(np.asarray, fresh(plain, 5))["model"]
     program = make_program(
         {"centre": Centre(teacher="teacher")}, frozen={"teacher": (plain.model, plain.preprocess)}
     )
     batch = data()[1][0]
-    params = unbox(program.init_params(jax.random.key(0)))
+    params = fresh(program)
     extra = {"centre": program.tasks["centre"].init_extra(program.info)}
 
     def loss(params, teacher):
         return program.loss(params, extra, {"teacher": teacher}, batch, jax.random.key(0), 0)[0]
 
-    own, others = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, teacher)
+    value, (own, others) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, teacher)
     assert not any(jnp.any(g) for g in jax.tree.leaves(others))
     assert any(jnp.any(g) for g in jax.tree.leaves(own["model"]["image"]))
 
-    def embed(params):
-        views = {"image": View("image")}
-        return program.encode(program.model, program.preprocess, params, batch, views)[0]["image"].embed
-
-    image, there = embed(params["model"]), embed(teacher)
+    image, there = (image_embeddings(program, p, batch) for p in (params["model"], teacher))
     head = params["heads"]["centre"]["project"]
     expected = jnp.square(image @ head["kernel"] + head["bias"]).sum(-1) + jnp.square(image - there).sum(-1)
-    np.testing.assert_allclose(loss(params, teacher), expected.mean(), rtol=1e-4)
+    np.testing.assert_allclose(value, expected.mean(), rtol=1e-4)
 
     state, step = start(program)
     kept = jax.tree.map(jnp.asarray, teacher)
@@ -315,7 +333,7 @@ def test_sgd_moves_by_the_gradient():
     loss = lambda p: program.loss(p, {"labels": None}, {}, data()[1][0], jax.random.key(0), 0)[0]  # noqa: E731
     grads = jax.jit(jax.grad(loss))(before)
     state, metrics = step(state, data()[1][0])
-    expected = jax.tree.map(lambda p, g: p - 0.1 * g, before, grads)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * np.asarray(g), before, grads)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), state.params, expected)
     np.testing.assert_allclose(metrics["step"]["grad_norm"], [optax.tree.norm(grads), 1.0], rtol=1e-4)
 
@@ -352,12 +370,12 @@ def test_a_frozen_tower_costs_no_gradient_and_no_state():
     # The backward pass is two thirds of a tower's work, and here the text tower's is most of all.
     assert flops[FREEZE_TEXT.freeze] < 0.6 * flops[()]
 
-    loss = program.loss(
-        state.params, {"pairs": None}, {}, data()[1][0], jax.random.key(0), 0, trains=optimizer.trains
-    )
+    def loss(program, **options):
+        run = lambda p: program.loss(p, {"pairs": None}, {}, data()[1][0], jax.random.key(0), 0, **options)  # noqa: E731
+        return jax.jit(run)(state.params)[0]
+
     plain = make_program({"pairs": TASKS["pairs"]})
-    expected = plain.loss(state.params, {"pairs": None}, {}, data()[1][0], jax.random.key(0), 0)
-    np.testing.assert_array_equal(loss[0], expected[0])
+    np.testing.assert_array_equal(loss(program, trains=optimizer.trains), loss(plain))
 
     for _ in range(2):
         state, metrics = compiled(state, {}, batch)
@@ -407,11 +425,13 @@ def test_microbatches_add_up_to_the_batch():
     for name, value in results[1][1].items():
         np.testing.assert_allclose(results[4][1][name], value, rtol=1e-5, err_msg=name)
     assert results[4][2] == results[1][2] == 1
-    without = program.loss(
-        state.params, dict.fromkeys(MICROBATCHED), {}, program.prepare(batch, jax.random.key(0)), jax.random.key(0), 0,
-        trains=lambda name: False,
-    )  # fmt: skip
-    assert abs(without[0] - results[1][1]["step/loss"][0]) > 1e-3, "dropout does something"
+    without = jax.jit(
+        lambda p: program.loss(
+            p, dict.fromkeys(MICROBATCHED), {}, program.prepare(batch, jax.random.key(0)), jax.random.key(0), 0,
+            trains=lambda name: False,
+        )[0]
+    )(state.params)  # fmt: skip
+    assert abs(without - results[1][1]["step/loss"][0]) > 1e-3, "dropout does something"
 
 
 @pytest.mark.parametrize(
@@ -431,7 +451,7 @@ def test_masks_belong_to_rows():
     """Rows in another order have the same masks; another step has others; each text of an image has its own, and so
     has each input of a row."""
     program = make_program({"pairs": TASKS["pairs"]}, image={"dropout": 0.3}, text={"dropout": 0.3})
-    params = unbox(program.init_params(jax.random.key(0)))["model"]
+    params = fresh(program)["model"]
     batch = {key: value[:3] for key, value in data()[1][0].items()}
     batch |= {key: np.repeat(batch[key], 2, axis=1) for key in ("text", "text_mask")}
     batch["twin"] = batch["image"]
@@ -459,7 +479,9 @@ def test_masks_belong_to_rows():
     assert np.abs(encode(batch, jax.random.key(1))[0] - image).max() > 1e-2
     assert np.abs(text[::2] - text[1::2]).max() > 1e-2
     # Without keys nothing is dropped.
-    plain = program.encode(program.model, program.preprocess, params, batch, program.views()["model"])[0]
+    plain = jax.jit(
+        lambda p: program.encode(program.model, program.preprocess, p, batch, program.views()["model"])[0]
+    )(params)
     np.testing.assert_allclose(plain["text"].embed[::2], plain["text"].embed[1::2], atol=1e-6)
 
 
