@@ -1,5 +1,6 @@
 """Options and fixtures of all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Before any test imports JAX, for the workers of xdist and the commands that tests start too: tiny programs gain
+    # nothing from optimisation, and where programs are kept, all are.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # xdist would begin with the files that have the most tests.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
