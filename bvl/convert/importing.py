@@ -116,7 +116,7 @@ def read_params(
     flat = join_layers(flat, shapes)
     device = jax.local_devices()[0]
     for name in list(flat):
-        # A copy of its own: the file that is mapped into memory may change.
+        # A copy of its own: what torch.load maps into memory may change, and of a fused matrix no other part is kept.
         flat[name] = jax.device_put(np.array(flat[name], np.float32), device)
     return nested_params(flat), converted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -152,12 +153,15 @@ def _open_safetensors(path: Path) -> Tensors:
     unknown = sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys())
     if unknown:
         raise ConversionError(f"{path} has tensors of type {', '.join(unknown)}, which bvl does not read")
-    data = np.memmap(path, mode="r", offset=8 + length) if header else None
 
+    # Read rather than mapped: mapped pages stay in memory beside what is made of them. The last is kept, since a fused
+    # matrix is asked for once for each of its parts.
+    @functools.lru_cache(maxsize=1)
     def load(name: str) -> np.ndarray:
         entry = header[name]
         start, end = entry["data_offsets"]
-        return data[start:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        data = np.fromfile(path, np.uint8, count=end - start, offset=8 + length + start)
+        return data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
     return Tensors({name: tuple(entry["shape"]) for name, entry in header.items()}, load)
 
