@@ -30,7 +30,7 @@ KNOWN: dict[str, frozenset[str]] = {
         "RegionEncoderConfig": "kind width levels output_size sampling_ratio point_extent num_heads",
         "RegionDecoderConfig": "width depth num_heads queries num_queries phrases mask_stride pixel_width reads_levels "
         "instance_masks",
-        "Preprocess": "image_size resize interpolation mean std fill resize_to long_side crop_offset passes",
+        "Preprocess": "image_size resize interpolation mean std fill resize_to long_side crop_offset resampler",
         "TokenizerConfig": "path kind vocab_size lowercase context_length start end pad embedding_rows",
         "Controls": "sections lengths quality prompt prompt_tokens dropout",
     }.items()
