@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "bvl"
 # Lower layers know nothing of higher ones. Modules of one row may know each other, except where SEPARATE.
 LAYERS = [
     ("errors",),
-    ("config", "mesh"),
+    ("config", "mesh", "hosts"),
     ("data", "metrics", "losses", "models"),
     ("assembly",),
     ("decode", "convert"),
