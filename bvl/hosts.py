@@ -165,29 +165,34 @@ def broadcast(value: Any = None) -> Any:
     return json.loads(_client().blocking_key_value_get(key, int(WAIT_S * 1000)))
 
 
+def gather(value: Any) -> list[Any]:
+    """What every host gives, in their order, on every host: anything that JSON can hold."""
+    if count() == 1:
+        return [value]
+    number = next(_NUMBERS)
+    _client().key_value_set(f"bvl/gather/{number}/{index()}", json.dumps(value))
+    wait = int(WAIT_S * 1000)
+    return [
+        json.loads(_client().blocking_key_value_get(f"bvl/gather/{number}/{host}", wait))
+        for host in range(count())
+    ]
+
+
 def barrier(name: str) -> None:
     """Until every host is here."""
     if count() > 1:
         _client().wait_at_barrier(f"bvl/{name}/{next(_NUMBERS)}", int(WAIT_S * 1000))
 
 
-def on_first(function: Callable[[], Any]) -> Any:
-    """`function()` on the first host while the others wait: what it gives (see `broadcast`), on every host.
-
-    A UserError of the first host is raised by all.
-    """
-    if count() == 1:
-        return function()
-    error: UserError | None = None
-    answer: Any = None
-    if is_first():
-        try:
-            answer = [function(), None]
-        except UserError as raised:
-            error, answer = raised, [None, str(raised)]
-    value, problem = broadcast(answer)
-    if error is not None:
-        raise error
-    if problem is not None:
-        raise UserError(f"the first host: {problem}")
-    return value
+def on_first(function: Callable[[], Any]) -> None:
+    """Run `function` on the first host while the others wait; an error there is raised by all."""
+    if not is_first():
+        if (problem := broadcast()) is not None:
+            raise UserError(f"host 0: {problem}")
+        return
+    try:
+        function()
+    except Exception as error:
+        broadcast(str(error) or type(error).__name__)
+        raise
+    broadcast(None)

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bvl.errors import ConfigError
@@ -38,9 +39,17 @@ LOGICAL_RULES: tuple[tuple[str, str | None], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along the axes (data, fsdp, tensor); one of them may be -1, "all that are left"."""
+    """Devices along the axes (data, fsdp, tensor); one of them may be -1, "all that are left".
+
+    hosts: how many processes must have been started; None = any number.
+    """
 
     shape: tuple[int, int, int] = (-1, 1, 1)
+    hosts: int | None = None
+
+    def __post_init__(self):
+        if self.hosts is not None and self.hosts < 1:
+            raise ConfigError(f"mesh.hosts={self.hosts}: must be at least 1, or null")
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | None = None) -> Mesh:
@@ -61,6 +70,15 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
             f"sizes must be divisors of it: {divisors}"
         )
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_hosts(config: MeshConfig, num_hosts: int) -> None:
+    """Raise ConfigError unless as many processes were started as the config asks for."""
+    if config.hosts not in (None, num_hosts):
+        raise ConfigError(
+            f"mesh.hosts={config.hosts}, but {num_hosts} process(es) take part in this run: start "
+            f"{config.hosts} (bvl launch --hosts {config.hosts}), or set mesh.hosts={num_hosts}"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -137,6 +155,18 @@ def unbox(tree: Any) -> Any:
     """The tree without the Linen boxes that carry logical axis names."""
     is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
     return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
+
+
+def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Rows that every host holds in full -> a global array split over the batch axes."""
+    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
+
+
+def whole(array: Any) -> np.ndarray:
+    """All values of an array, also where other hosts hold parts of it; every host must ask."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

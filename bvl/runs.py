@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 
 from bvl import config as config_lib
+from bvl import hosts
 from bvl.assembly import build_model, embedding_rows
 from bvl.checkpoint import Checkpoints, complete_steps
 from bvl.convert.importing import Imported, import_model
@@ -29,9 +31,12 @@ from bvl.data.images import open_image
 from bvl.data.text import Tokenizer
 from bvl.data.transforms import Preprocess, Transformed, apply
 from bvl.errors import CheckpointError, RunFolderError
-from bvl.mesh import MeshConfig, make_mesh, replicated, rows_on_devices, to_global
+from bvl.mesh import MeshConfig, make_mesh, replicated, rows_on_devices, split_rows, whole
 from bvl.models.features import ImageFeatures, TextFeatures
 from bvl.models.vlm import DualEncoder, normalize_image
+
+# How long a host waits to see what the first one has written.
+SHARED_WITHIN_S = 30.0
 
 
 class RunFolder:
@@ -54,7 +59,29 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder; raises RunFolderError naming the process that holds it already."""
+        """Hold the folder, by the first host for all; raises RunFolderError naming the process that holds it already,
+        and where another host does not see the folder."""
+        with contextlib.ExitStack() as stack:
+            # The first host alone, since file systems differ in what a lock means elsewhere.
+            hosts.on_first(lambda: stack.enter_context(self._lock()))
+            self._check_shared()
+            yield
+
+    def _check_shared(self) -> None:
+        holder = hosts.broadcast((self.path / ".lock").read_text() if hosts.is_first() else None)
+        # A network file system may show a new file some seconds late.
+        end = time.monotonic() + SHARED_WITHIN_S
+        while not (seen := _text_of(self.path / ".lock") == holder) and time.monotonic() < end:
+            time.sleep(0.5)
+        blind = [str(number) for number, sees in enumerate(hosts.gather(seen)) if not sees]
+        if blind:
+            raise RunFolderError(
+                f"workdir {self.path.absolute()} is not the same folder on host(s) {', '.join(blind)}: it must lie on a "
+                f"file system that all hosts share"
+            )
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / ".lock", "a+")
@@ -86,6 +113,9 @@ class RunFolder:
         and made again. Where there is one, nothing is written before `keep_config`.
         Raises RunFolderError with the differing keys unless `force`.
         """
+        hosts.on_first(lambda: self._claim(config, force))
+
+    def _claim(self, config: config_lib.Config, force: bool) -> None:
         if self.config.is_file() and "format_version" not in _read_object(self.config):
             raise RunFolderError(
                 f"workdir {self.path} holds a config.json of something else; choose another workdir"
@@ -115,6 +145,13 @@ class RunFolder:
         write_atomic(self.preprocess, json.dumps(config.data.preprocess.to_dict(), indent=2) + "\n")
 
 
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty where there is none."""
     try:
@@ -125,7 +162,12 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the whole new one, whenever the process dies."""
+    """Write a file that is either the old one or the whole new one, whenever the process dies.
+
+    Of several hosts the first one writes; all have the same to say.
+    """
+    if not hosts.is_first():
+        return
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(text, encoding="utf-8")
@@ -210,7 +252,7 @@ class Components:
                 for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)
             ):
                 digest.update(path.encode())
-                digest.update(np.ascontiguousarray(leaf).tobytes())
+                digest.update(np.ascontiguousarray(whole(leaf)).tobytes())
             self._hash = digest.hexdigest()[:12]
         return self._hash
 
@@ -219,7 +261,7 @@ class Components:
         size = rows_on_devices(batch_size, self.encoder.mesh)
         padded = np.zeros((size, *rows.shape[1:]), rows.dtype)
         padded[: len(rows)] = rows
-        return to_global({"rows": padded}, self.encoder.mesh)["rows"]
+        return split_rows(padded, self.encoder.mesh)
 
 
 def _first_rows(features: Any, count: int) -> Any:

@@ -85,13 +85,19 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(config_lib.dump(config), end="")
         return 0
+    from bvl import hosts
+
+    # Before anything asks JAX for its devices.
+    hosts.initialise()
     from bvl.evals.table import print_captions, print_table, read_examples
     from bvl.runs import RunFolder
     from bvl.train.loop import BEFORE, train
+    from bvl.train.metrics_log import quiet_other_hosts
 
+    quiet_other_hosts()
     code = train(config, force=args.force)
     run = RunFolder(config.workdir)
-    if code == 0 and run.eval.is_file():
+    if code == 0 and hosts.is_first() and run.eval.is_file():
         start = run.evals / f"{BEFORE}.json"
         before = json.loads(start.read_text()) if config.eval.before and start.is_file() else None
         print_table(json.loads(run.eval.read_text()), before=before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
+from bvl import hosts
 from bvl.errors import DataError
 from bvl.runs import RunFolder
 from bvl.train.metrics_log import JsonLines, drop_rows_after
@@ -15,15 +16,21 @@ logger = logging.getLogger(__name__)
 class BadRecords:
     """Stops the run when distinct unreadable records exceed `max_fraction` of all records in use, and are several.
 
-    One is always allowed: in a small set it alone would be more than any sensible fraction.
+    One is always allowed: in a small set it alone would be more than any sensible fraction. Of several hosts each
+    notes those of its own rows, the others than the first in bad_records.<host>.jsonl, and stops the run at its share
+    of the limit.
     """
 
     def __init__(self, run: RunFolder, *, num_records: int, max_fraction: float, resume_step: int):
-        drop_rows_after(run.bad_records, resume_step)
-        self._path, self._limit, self._num_records = run.bad_records, max_fraction, num_records
+        self._path = run.bad_records
+        if not hosts.is_first():
+            self._path = self._path.with_suffix(f".{hosts.index()}.jsonl")
+        drop_rows_after(self._path, resume_step)
+        self._fraction, self._num_records = max_fraction, num_records
+        self._limit = max(1, max_fraction * num_records / hosts.count())
         self._seen: set[tuple[str, str]] = set()
-        if run.bad_records.is_file():
-            for line in run.bad_records.read_text().splitlines():
+        if self._path.is_file():
+            for line in self._path.read_text().splitlines():
                 row = json.loads(line)
                 self._seen.add((row["source"], row["id"]))
         self._file: JsonLines | None = None
@@ -38,10 +45,10 @@ class BadRecords:
             logger.warning("unreadable record, another takes its place: %s", record["error"])
             self._file = self._file or JsonLines(self._path)
             self._file.write({"step": step, **record})
-            if len(self._seen) > max(1, self._limit * self._num_records):
+            if len(self._seen) > self._limit:
                 raise DataError(
                     f"{len(self._seen)} of {self._num_records} records cannot be read, more than "
-                    f"data.max_bad_fraction={self._limit:g}; they are listed in {self._path}. The last: {record['error']}"
+                    f"data.max_bad_fraction={self._fraction:g}; they are listed in {self._path}. The last: {record['error']}"
                 )
 
     def close(self) -> None:

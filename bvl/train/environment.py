@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from bvl import hosts
 from bvl.runs import RunFolder, write_atomic
 
 # Options of mallopt(3).
@@ -39,6 +40,7 @@ def describe_environment(licences: dict[str, dict[str, int]]) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "hosts": hosts.count(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         # What they say of determinism decides whether another run can repeat this one bit for bit.
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

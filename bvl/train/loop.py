@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 
+from bvl import hosts
 from bvl.checkpoint import Checkpoints
 from bvl.config import Config
 from bvl.errors import ConfigError, RunFolderError, UserError
-from bvl.mesh import check_batch_size, make_mesh, replicated, to_global
+from bvl.mesh import check_batch_size, check_hosts, make_mesh, replicated, to_global
 from bvl.runs import Components, Encoder, RunFolder, write_atomic
 from bvl.train.bad_records import BadRecords
 from bvl.train.early_stop import EarlyStop, early_stop_at
@@ -82,8 +83,9 @@ def train(config: Config, *, force: bool = False) -> int:
 
 def _train(config: Config, run: RunFolder, force: bool) -> int:
     enable_compilation_cache()
+    check_hosts(config.mesh, hosts.count())
     mesh = make_mesh(config.mesh)
-    check_batch_size(config.batch_size, mesh, jax.process_count())
+    check_batch_size(config.batch_size, mesh, hosts.count())
     check_accumulation(config.optim.accumulate, config.tasks, config.batch_size, mesh)
     if config.log.wandb is not None:
         import_wandb()  # only to fail now where there is none
@@ -97,6 +99,18 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     data = prepare_data(config, run, start)
     for line in data.pipeline.summary():
         logger.info(line)
+    if hosts.count() > 1:
+        rows = config.batch_size // hosts.count()
+        first = hosts.index() * rows
+        logging.getLogger("bvl.hosts").info(
+            "%s: %d of %d devices, rows %d to %d of each batch of %d",
+            hosts.describe(),
+            jax.local_device_count(),
+            jax.device_count(),
+            first,
+            first + rows - 1,
+            config.batch_size,
+        )
     suites = place_suites(config)
     check_suites(config, suites)
 
@@ -186,7 +200,7 @@ class _Loop:
         # Read one step late, so that the devices never wait for the host.
         unchecked: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
         batches = pipeline.batches(
-            start=start, stop=config.steps, host=jax.process_index(), num_hosts=jax.process_count()
+            start=start, stop=config.steps, host=hosts.index(), num_hosts=hosts.count()
         )
         with contextlib.ExitStack() as stack:
             log, bad, progress, timing = self._open(stack, start)
@@ -262,7 +276,7 @@ class _Loop:
         )
         stack.callback(bad.close)
         wandb = None
-        if config.log.wandb is not None and jax.process_index() == 0:
+        if config.log.wandb is not None and hosts.is_first():
             wandb = WandbLog(self.run, config)
         log = MetricsLog(self.run.metrics, resume_step=start, tensorboard=config.log.tensorboard, wandb=wandb)
         stack.callback(log.close)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from bvl import hosts
 from bvl.train.wandb_log import WandbLog
 
 logger = logging.getLogger(__name__)
@@ -66,14 +67,16 @@ class JsonLines:
 class MetricsLog:
     """One row a logged step, {"step", "loss/...", "lr", "time/..."}, with "eval/..." where it was evaluated.
 
-    Rows after `resume_step` are dropped first.
+    Rows after `resume_step` are dropped first. Of several hosts, which all have the same rows, the first one writes.
     """
 
     def __init__(self, path: Path, *, resume_step: int, tensorboard: bool, wandb: WandbLog | None = None):
+        self._rows = self._tensorboard = None
+        self._wandb = wandb
+        if not hosts.is_first():
+            return
         drop_rows_after(path, resume_step)
         self._rows = JsonLines(path)
-        self._wandb = wandb
-        self._tensorboard = None
         if tensorboard:
             self._tensorboard = tensorboardX.SummaryWriter(
                 str(path.parent / "tensorboard"), purge_step=resume_step + 1
@@ -82,7 +85,8 @@ class MetricsLog:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Keys of `metrics` keep their order; numbers that are not finite are written as null."""
         row = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._rows.write({"step": step, **row})
+        if self._rows is not None:
+            self._rows.write({"step": step, **row})
         if self._tensorboard is not None:
             for key, value in row.items():
                 # Where nothing was counted there is no point to draw.
@@ -92,7 +96,8 @@ class MetricsLog:
             self._wandb.write(step, metrics)
 
     def close(self) -> None:
-        self._rows.close()
+        if self._rows is not None:
+            self._rows.close()
         if self._wandb is not None:
             self._wandb.close()
         if self._tensorboard is not None:
@@ -107,7 +112,7 @@ class ProgressLines:
         self._bar: Progress | None = None
         self._started = time.perf_counter()
         self._start = start
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and hosts.is_first():
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(),
@@ -154,3 +159,10 @@ def set_up_logging() -> None:
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     root.propagate = False
+
+
+def quiet_other_hosts() -> None:
+    """Hosts but the first say only what is theirs alone (the logger "bvl.hosts") and warnings."""
+    logging.getLogger("bvl.hosts").setLevel(logging.INFO)
+    if not hosts.is_first():
+        logging.getLogger("bvl").setLevel(logging.WARNING)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from bvl import hosts
 from bvl.checkpoint import Checkpoints
 from bvl.config import Config
 from bvl.data.batch import Need, needs_of
@@ -55,47 +56,13 @@ def prepare_data(config: Config, run: RunFolder, start: Start | None) -> Data:
     """Open the sources, settle tokenizer and classes, and keep both in the run folder."""
     sources = config.data.sources()
     sets = [RecordSet(source) for source in sources]
-    # The order: the run's own tokenizer -> the one of resume_from -> the one of init_from -> the config's file
-    # -> trained on the texts.
     options = config.data.tokenizer
     needs = {name: needs_of(task.fields()) for name, task in config.tasks.items()}
     all_needs = frozenset().union(*needs.values())
     regions = config.data.regions if all_needs & {Need.REGIONS, Need.PHRASES} else None
-    if run.tokenizer.is_file():
-        tokenizer = Tokenizer.of(run.tokenizer, options)
-    elif config.resume_from is not None:
-        continued = RunFolder(config.resume_from).tokenizer
-        if not continued.is_file():
-            raise CheckpointError(f"resume_from={config.resume_from}: no run folder, {continued} is missing")
-        tokenizer = Tokenizer.of(continued, options)
-    elif start is not None and start.tokenizer is not None and (start.fixed or options.path is None):
-        tokenizer = start.tokenizer.with_context(options.context_length)
-        if options.path is not None:
-            # The file may be the one that the other run added its controls to.
-            controls = start.sources[start.tokenizer_of].config.data.controls.tokens()
-            given = Tokenizer.of(options.path, options).with_tokens(controls)
-            if given.hash != tokenizer.hash:
-                raise CheckpointError(
-                    f"data.tokenizer.path={options.path} is another tokenizer than that of "
-                    f"init_from={start.tokenizer_of}: token ids would mean other words; leave the path out"
-                )
-    elif options.path is not None:
-        tokenizer = Tokenizer.of(options.path, options)
-    else:
-        if any(text.strip() for text in training_texts(sets, regions=regions)):
-            tokenizer = Tokenizer.train(training_texts(sets, config.data.controls, regions), options)
-        elif all_needs & {Need.TEXT, Need.REGIONS, Need.PHRASES}:
-            for record_set in sets:
-                record_set.usable(needs)  # says which fields there are instead
-            raise DataError("no training record has a text, and a task reads texts")
-        else:
-            # The text tower and the run folder need some tokenizer.
-            tokenizer = Tokenizer.without_words(options.context_length)
-    tokenizer = tokenizer.with_tokens(config.data.controls.tokens())
-    if not run.tokenizer.is_file():
-        temporary = run.tokenizer.with_name("tokenizer.json.tmp")
-        tokenizer.save(temporary)
-        temporary.replace(run.tokenizer)
+    # The first host settles the tokenizer; all read what it has written.
+    hosts.on_first(lambda: _settle_tokenizer(config, run, start, sets, needs, regions))
+    tokenizer = Tokenizer.of(run.tokenizer, options).with_tokens(config.data.controls.tokens())
     texts = [text for text, _ in zip(training_texts(sets), range(COUNTED_TEXTS), strict=False)]
     cut = tokenizer.count_truncated(texts)
     logger.info(
@@ -118,11 +85,7 @@ def prepare_data(config: Config, run: RunFolder, start: Start | None) -> Data:
             " (data.regions.context_length)" if cut else "",
         )
     classes = config.data.classes if config.data.classes is not None else label_names(sets)
-    if run.classes.is_file() and tuple(json.loads(run.classes.read_text())) != classes:
-        raise DataError(
-            f"{run.path}: the labels of the training records are not those the run was started with ({run.classes})"
-        )
-    write_atomic(run.classes, json.dumps(list(classes)) + "\n")
+    hosts.on_first(lambda: _keep_classes(run, classes))
     pipeline = Pipeline(
         config.data,
         sets=sets,
@@ -133,6 +96,62 @@ def prepare_data(config: Config, run: RunFolder, start: Start | None) -> Data:
         seed=config.seed,
     )
     return Data(pipeline, tokenizer, classes, {s.name: s.licences() for s in sets})
+
+
+def _keep_classes(run: RunFolder, classes: tuple[str, ...]) -> None:
+    if run.classes.is_file() and tuple(json.loads(run.classes.read_text())) != classes:
+        raise DataError(
+            f"{run.path}: the labels of the training records are not those the run was started with ({run.classes})"
+        )
+    write_atomic(run.classes, json.dumps(list(classes)) + "\n")
+
+
+def _settle_tokenizer(
+    config: Config,
+    run: RunFolder,
+    start: Start | None,
+    sets: list[RecordSet],
+    needs: dict[str, frozenset[Need]],
+    regions: Any,
+) -> None:
+    """Write the run's tokenizer.json, unless it is there.
+
+    The order: the run's own tokenizer -> the one of resume_from -> the one of init_from -> the config's file
+    -> trained on the texts.
+    """
+    if run.tokenizer.is_file():
+        return
+    options, all_needs = config.data.tokenizer, frozenset().union(*needs.values())
+    if config.resume_from is not None:
+        continued = RunFolder(config.resume_from).tokenizer
+        if not continued.is_file():
+            raise CheckpointError(f"resume_from={config.resume_from}: no run folder, {continued} is missing")
+        tokenizer = Tokenizer.of(continued, options)
+    elif start is not None and start.tokenizer is not None and (start.fixed or options.path is None):
+        tokenizer = start.tokenizer.with_context(options.context_length)
+        if options.path is not None:
+            # The file may be the one that the other run added its controls to.
+            controls = start.sources[start.tokenizer_of].config.data.controls.tokens()
+            given = Tokenizer.of(options.path, options).with_tokens(controls)
+            if given.hash != tokenizer.hash:
+                raise CheckpointError(
+                    f"data.tokenizer.path={options.path} is another tokenizer than that of "
+                    f"init_from={start.tokenizer_of}: token ids would mean other words; leave the path out"
+                )
+    elif options.path is not None:
+        tokenizer = Tokenizer.of(options.path, options)
+    elif any(text.strip() for text in training_texts(sets, regions=regions)):
+        tokenizer = Tokenizer.train(training_texts(sets, config.data.controls, regions), options)
+    elif all_needs & {Need.TEXT, Need.REGIONS, Need.PHRASES}:
+        for record_set in sets:
+            record_set.usable(needs)  # says which fields there are instead
+        raise DataError("no training record has a text, and a task reads texts")
+    else:
+        # The text tower and the run folder need some tokenizer.
+        tokenizer = Tokenizer.without_words(options.context_length)
+    temporary = run.tokenizer.with_name("tokenizer.json.tmp")
+    tokenizer.with_tokens(config.data.controls.tokens()).save(temporary)
+    temporary.replace(run.tokenizer)
 
 
 def place_suites(config: Config) -> dict[str, Any]:
