@@ -100,18 +100,33 @@ def rows_on_devices(batch_size: int, mesh: Mesh) -> int:
     return -(-batch_size // shards) * shards
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, num_hosts: int) -> None:
-    """Raise ConfigError unless the global batch splits evenly over batch shards and hosts."""
-    for count, what in (
-        (num_batch_shards(mesh), "batch shards (mesh.shape data x fsdp)"),
-        (num_hosts, "hosts"),
-    ):
-        if batch_size % count:
-            below = batch_size // count * count
-            near = [b for b in (below, below + count) if b > 0]
-            raise ConfigError(
-                f"batch_size={batch_size} cannot be split over {count} {what}; use {' or '.join(map(str, near))}"
-            )
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raise ConfigError unless the global batch splits evenly over the batch shards."""
+    count = num_batch_shards(mesh)
+    if batch_size % count:
+        below = batch_size // count * count
+        near = [b for b in (below, below + count) if b > 0]
+        raise ConfigError(
+            f"batch_size={batch_size} cannot be split over {count} batch shards (mesh.shape data x fsdp); use "
+            f"{' or '.join(map(str, near))}"
+        )
+
+
+def share_of_host(mesh: Mesh, host: int) -> tuple[int, int]:
+    """(i, n): of n equal parts of a batch's rows, in their order, the devices of a host hold the i-th.
+
+    Hosts have a part in common where the tensor axis goes over several. Raises ConfigError where a host's rows are
+    not one such part.
+    """
+    shards = mesh.devices.reshape(num_batch_shards(mesh), -1)
+    mine = [i for i, devices in enumerate(shards) if any(d.process_index == host for d in devices)]
+    first, size = mine[0], len(mine)
+    if mine != list(range(first, first + size)) or first % size or len(shards) % size:
+        raise ConfigError(
+            f"mesh.shape={tuple(mesh.shape.values())}: the devices of host {host} hold the batch shards {mine} of "
+            f"{len(shards)}, which are not one equal part; use sizes that divide the devices of a host, or are multiples"
+        )
+    return first // size, len(shards) // size
 
 
 def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, path: str) -> PartitionSpec:

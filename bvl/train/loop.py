@@ -19,7 +19,7 @@ from bvl import hosts
 from bvl.checkpoint import Checkpoints
 from bvl.config import Config
 from bvl.errors import ConfigError, RunFolderError, UserError
-from bvl.mesh import check_batch_size, check_hosts, make_mesh, replicated, to_global
+from bvl.mesh import check_batch_size, check_hosts, make_mesh, replicated, share_of_host, to_global
 from bvl.runs import Components, Encoder, RunFolder, write_atomic
 from bvl.train.bad_records import BadRecords
 from bvl.train.early_stop import EarlyStop, early_stop_at
@@ -85,7 +85,8 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     enable_compilation_cache()
     check_hosts(config.mesh, hosts.count())
     mesh = make_mesh(config.mesh)
-    check_batch_size(config.batch_size, mesh, hosts.count())
+    check_batch_size(config.batch_size, mesh)
+    share, num_shares = share_of_host(mesh, hosts.index())
     check_accumulation(config.optim.accumulate, config.tasks, config.batch_size, mesh)
     if config.log.wandb is not None:
         import_wandb()  # only to fail now where there is none
@@ -100,8 +101,8 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
     for line in data.pipeline.summary():
         logger.info(line)
     if hosts.count() > 1:
-        rows = config.batch_size // hosts.count()
-        first = hosts.index() * rows
+        rows = config.batch_size // num_shares
+        first = share * rows
         logging.getLogger("bvl.hosts").info(
             "%s: %d of %d devices, rows %d to %d of each batch of %d",
             hosts.describe(),
@@ -166,6 +167,7 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
             evaluate=functools.partial(evaluate_state, run, config, suites, components, program.adapter),
             early_stop=early_stop,
             trace=trace,
+            share=(share, num_shares),
             num_devices=mesh.size,
             adapter=program.adapter,
         )
@@ -188,6 +190,7 @@ class _Loop:
     evaluate: Callable[..., dict[str, float]]
     early_stop: EarlyStop
     trace: StepTrace
+    share: tuple[int, int]
     num_devices: int
     adapter: Adapter | None
 
@@ -200,7 +203,7 @@ class _Loop:
         # Read one step late, so that the devices never wait for the host.
         unchecked: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
         batches = pipeline.batches(
-            start=start, stop=config.steps, host=hosts.index(), num_hosts=hosts.count()
+            start=start, stop=config.steps, host=self.share[0], num_hosts=self.share[1]
         )
         with contextlib.ExitStack() as stack:
             log, bad, progress, timing = self._open(stack, start)
