@@ -52,9 +52,8 @@ class MeshConfig:
             raise ConfigError(f"mesh.hosts={self.hosts}: must be at least 1, or null")
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | None = None) -> Mesh:
-    """Build the mesh; raises ConfigError when the shape does not use every device exactly once."""
-    devices = jax.devices() if devices is None else devices
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """The sizes of the axes on so many devices; raises ConfigError when they do not use each exactly once."""
     shape = list(config.shape)
     if len(shape) != len(AXES) or sum(s == -1 for s in shape) > 1 or any(s < 1 and s != -1 for s in shape):
         raise ConfigError(
@@ -62,13 +61,20 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
         )
     if -1 in shape:
         known = math.prod(s for s in shape if s != -1)
-        shape[shape.index(-1)] = max(len(devices) // known, 1)
-    if math.prod(shape) != len(devices):
-        divisors = [d for d in range(1, len(devices) + 1) if len(devices) % d == 0]
+        shape[shape.index(-1)] = max(num_devices // known, 1)
+    if math.prod(shape) != num_devices:
+        divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
         raise ConfigError(
-            f"mesh.shape={tuple(config.shape)} needs {math.prod(shape)} devices, there are {len(devices)}; "
+            f"mesh.shape={tuple(config.shape)} needs {math.prod(shape)} devices, there are {num_devices}; "
             f"sizes must be divisors of it: {divisors}"
         )
+    return tuple(shape)
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | None = None) -> Mesh:
+    """Build the mesh; raises ConfigError when the shape does not use every device exactly once."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -132,16 +138,22 @@ def share_of_host(mesh: Mesh, host: int) -> tuple[int, int]:
 def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, path: str) -> PartitionSpec:
     rules = dict(LOGICAL_RULES)
     axes: list[str | None] = []
+    taken: dict[str, str] = {}
     for name, size in zip(names, shape, strict=True):
         if name is not None and name not in rules:
             raise ConfigError(
                 f"parameter {path}: no rule for the logical axis {name!r} in bvl/mesh.py LOGICAL_RULES"
             )
         axis = rules[name] if name is not None else None
-        # A dimension that does not divide stays whole; a mesh axis is used once for a parameter.
-        if axis is not None and (size % mesh.shape[axis] or axis in axes):
-            axis = None
-        axes.append(axis)
+        if axis is not None and axis in taken:
+            raise ConfigError(
+                f"parameter {path}: its logical axes {taken[axis]!r} and {name!r} both lie on the mesh axis {axis!r} by "
+                "bvl/mesh.py LOGICAL_RULES; give one of them another rule, or no name"
+            )
+        if axis is not None:
+            taken[axis] = name
+        # A dimension that does not divide stays whole.
+        axes.append(None if axis is not None and size % mesh.shape[axis] else axis)
     return PartitionSpec(*axes)
 
 
