@@ -147,8 +147,9 @@ def describe() -> str:
     return f"host {index()} of {count()} ({socket.gethostname()}, process {os.getpid()})"
 
 
-def _client() -> Any:
-    # JAX has no public name for the store; orbax reaches it in the same way.
+def client() -> Any:
+    """The key-value store of `jax.distributed`, where it was initialised."""
+    # JAX has no public name for it; orbax reaches it in the same way.
     from jax._src import distributed
 
     return distributed.global_state.client
@@ -160,9 +161,9 @@ def broadcast(value: Any = None) -> Any:
         return value
     key = f"bvl/broadcast/{next(_NUMBERS)}"
     if is_first():
-        _client().key_value_set(key, json.dumps(value))
+        client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(_client().blocking_key_value_get(key, int(WAIT_S * 1000)))
+    return json.loads(client().blocking_key_value_get(key, int(WAIT_S * 1000)))
 
 
 def gather(value: Any) -> list[Any]:
@@ -170,10 +171,10 @@ def gather(value: Any) -> list[Any]:
     if count() == 1:
         return [value]
     number = next(_NUMBERS)
-    _client().key_value_set(f"bvl/gather/{number}/{index()}", json.dumps(value))
+    client().key_value_set(f"bvl/gather/{number}/{index()}", json.dumps(value))
     wait = int(WAIT_S * 1000)
     return [
-        json.loads(_client().blocking_key_value_get(f"bvl/gather/{number}/{host}", wait))
+        json.loads(client().blocking_key_value_get(f"bvl/gather/{number}/{host}", wait))
         for host in range(count())
     ]
 
@@ -181,7 +182,7 @@ def gather(value: Any) -> list[Any]:
 def barrier(name: str) -> None:
     """Until every host is here."""
     if count() > 1:
-        _client().wait_at_barrier(f"bvl/{name}/{next(_NUMBERS)}", int(WAIT_S * 1000))
+        client().wait_at_barrier(f"bvl/{name}/{next(_NUMBERS)}", int(WAIT_S * 1000))
 
 
 def on_first(function: Callable[[], Any]) -> None:
