@@ -21,8 +21,8 @@ from bvl.mesh import (
     init_sharded,
     make_mesh,
     num_batch_shards,
-    share_of_host,
     shardings_of,
+    share_of_host,
     to_global,
     unbox,
 )
@@ -81,9 +81,7 @@ def mesh_of_hosts(shape, hosts):
     """A mesh of devices that know their host alone."""
     size = math.prod(shape)
     devices = np.array([types.SimpleNamespace(process_index=i * hosts // size) for i in range(size)])
-    return types.SimpleNamespace(
-        devices=devices.reshape(shape), shape=dict(zip(AXES, shape, strict=True))
-    )
+    return types.SimpleNamespace(devices=devices.reshape(shape), shape=dict(zip(AXES, shape, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +101,9 @@ def test_the_rows_of_a_host_are_those_of_its_devices(shape, hosts, shares):
 
 def test_hosts_whose_rows_are_no_equal_part():
     # Six devices on two hosts: the second of three batch shards lies on both.
-    with pytest.raises(ConfigError, match=r"host 0 hold the batch shards \[0, 1\] of 3.*use sizes that divide"):
+    with pytest.raises(
+        ConfigError, match=r"host 0 hold the batch shards \[0, 1\] of 3.*use sizes that divide"
+    ):
         share_of_host(mesh_of_hosts((3, 1, 2), 2), 0)
 
 

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from kill_and_resume import Runner
 
@@ -23,8 +24,13 @@ class Hosts:
     def __init__(self, runner: Runner, *, processes: int = 2, devices: int = 4):
         self.runner, self.processes, self.devices = runner, processes, devices
 
-    def popen(self, *words: object, environment: dict[str, str] | None = None) -> list[subprocess.Popen]:
-        """The processes, host 0 first."""
+    def popen(
+        self,
+        *words: object,
+        command: tuple[object, ...] = ("-m", "bvl.cli"),
+        environment: dict[str, str] | None = None,
+    ) -> list[subprocess.Popen]:
+        """The processes, host 0 first; `command` is what Python runs."""
         port, started = free_port(), []
         for host in range(self.processes):
             explicit = {
@@ -36,7 +42,7 @@ class Hosts:
             with open(self.log_file(host), "a") as log:
                 started.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "bvl.cli", *map(str, words)],
+                        [sys.executable, *map(str, (*command, *words))],
                         env=self.runner.environment | explicit | (environment or {}),
                         cwd=self.runner.folder,
                         stdout=log,
@@ -45,9 +51,9 @@ class Hosts:
                 )
         return started
 
-    def run(self, *words: object, timeout: float = 300.0) -> list[int]:
+    def run(self, *words: object, timeout: float = 300.0, **options: Any) -> list[int]:
         """Exit codes of the hosts."""
-        started = self.popen(*words)
+        started = self.popen(*words, **options)
         try:
             return [process.wait(timeout) for process in started]
         finally:
