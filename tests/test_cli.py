@@ -22,6 +22,8 @@ VERBS = [
     ["embed"],
     ["caption"],
     ["sweep-guidance"],
+    ["launch"],
+    ["runs"],
     ["describe"],
     ["ground"],
     ["segment"],
