@@ -6,9 +6,10 @@ created unsharded (the order big_vision's `train.py` shows).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -169,6 +170,27 @@ def shardings_of(abstract: Any, mesh: Mesh) -> Any:
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(one, abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """Within it, and in what is traced there, `constrain_rows` knows the mesh; also a decorator."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """`x` with its leading axis over the batch axes of the mesh that the program runs `on_mesh`; without one, `x` itself.
+
+    For what goes in and out of layers. The partitioner, which sees rows and a kernel's inputs both split over fsdp, else
+    gathers the rows of all devices at each layer and leaves the kernels where they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # Within a shard_map a device has its rows already.
+    if mesh.empty or mesh.manual_axes or x.shape[0] % num_batch_shards(mesh):
+        return x
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *rest))
 
 
 def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from bvl.mesh import constrain_rows
 from bvl.models.layers import zeros_init
 
 Implementation = Literal["auto", "lax", "matmul"]
@@ -130,7 +131,7 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", he_init(None, None, *self.names), shape)
         y = convolve(
-            x.astype(self.dtype),
+            constrain_rows(x.astype(self.dtype)),
             kernel.astype(self.dtype),
             stride=self.stride,
             groups=self.groups,
@@ -138,4 +139,4 @@ class Conv(nn.Module):
         )
         if self.use_bias:
             y += self.param("bias", zeros_init(self.names[1]), (self.features,)).astype(self.dtype)
-        return y
+        return constrain_rows(y)

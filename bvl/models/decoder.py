@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from bvl.errors import ConfigError
+from bvl.mesh import constrain_rows
 from bvl.models.decoder_layers import DecoderBlock, KeysValues, LayerContext, make_norm
 from bvl.models.dropout import RowKeys, check_rates, dropout, fold
 from bvl.models.layers import REMAT_POLICIES, Activation, RematPolicy, normal_init
@@ -334,7 +335,7 @@ class Decoder(nn.Module):
         return x[:, :count], x[:, count] if self.config.text_class else None
 
     def _embed(self, tokens: Int[Array, "c l"], positions: Int[Array, "c l"]) -> Float[Array, "c l d"]:
-        x = self.token_embed[tokens].astype(self.dtype)
+        x = constrain_rows(self.token_embed[tokens]).astype(self.dtype)
         if self.config.layout != "prefix":
             x = x + self.positions[positions].astype(self.dtype)
         return x

@@ -17,6 +17,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from bvl.mesh import constrain_rows
 from bvl.models.dropout import RowKeys, drop_path, dropout, fold
 
 Dtype = Any
@@ -83,11 +84,11 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = self.param("kernel", dense_init(*self.names), (x.shape[-1], self.features))
         # As a product of two matrices: with more axes XLA on CPU copies the operands of the backward pass.
-        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        rows = constrain_rows(x.astype(self.dtype)).reshape(-1, x.shape[-1])
         y = product(rows, kernel.astype(self.dtype))
         if self.use_bias:
             y += self.param("bias", zeros_init(self.names[1]), (self.features,)).astype(self.dtype)
-        return y.reshape(*x.shape[:-1], self.features)
+        return constrain_rows(y.reshape(*x.shape[:-1], self.features))
 
 
 def product(
@@ -323,16 +324,17 @@ class Stack(nn.Module):
         shared = {f.name for f in dataclasses.fields(Block)} - {"parent", "name"}
         options = {name: getattr(self, name) for name in shared}
         rates = np.linspace(0.0, self.drop_path, self.depth, dtype=np.float32)
+        x = constrain_rows(x)
         if not self.scan:
             outputs = {}
             for i in range(self.depth):
-                x = block(**options, name=f"block_{i}")(x, key_mask, fold(keys, i), rates[i])
+                x = constrain_rows(block(**options, name=f"block_{i}")(x, key_mask, fold(keys, i), rates[i]))
                 outputs[i] = x
             return x, tuple(outputs[i] for i in levels)
 
         def body(module: nn.Module, carry: jax.Array, layer: tuple[jax.Array, jax.Array]):
             i, rate = layer
-            carry = module(carry, key_mask, fold(keys, i), rate)
+            carry = constrain_rows(module(constrain_rows(carry), key_mask, fold(keys, i), rate))
             return carry, carry if levels else None
 
         scanned = nn.scan(
