@@ -1,7 +1,12 @@
 """Checkpoints on disk: orbax, asynchronous, atomic. A step's folder appears under its name only when complete.
 
 Items of a checkpoint: `params`, `ema` (only where there is one), `rest` (optimiser, extra state, step), `sums`
-(metrics not logged yet) and `metrics` (of an evaluation). Parameters stand alone, so that a reader needs no optimiser to load them.
+(metrics not logged yet), `guard` (what steps count as bad, where that is watched) and `metrics` (of an evaluation).
+Parameters stand alone, so that a reader needs no optimiser to load them. `checksums.json` beside them holds size and
+CRC-32 of every file, since orbax notices no changed byte of an array; checkpoints without it are taken as they are.
+
+Of several hosts the first one chooses the checkpoint, checks it and moves damaged ones; what all must do alike is
+agreed by `bvl.hosts`.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,13 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from bvl import hosts
+from bvl.checksums import CHECKSUMS, checksums, wrong_files
 from bvl.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-ITEMS = ("params", "ema", "rest", "sums")
+ITEMS = ("params", "ema", "rest", "sums", "guard")
 
 
 class Checkpoints:
@@ -30,6 +37,7 @@ class Checkpoints:
 
     tokenizer: hash of the tokenizer whose ids the parameters mean. It is saved with them, and a checkpoint that
     was saved with another is an error.
+    compression: smaller files for several times the save's own processor time; float32 weights hardly shrink.
     """
 
     def __init__(
@@ -41,6 +49,7 @@ class Checkpoints:
         best_mode: str = "max",
         read_only: bool = False,
         tokenizer: str | None = None,
+        compression: bool = False,
     ):
         if keep < 1:
             raise ConfigError(f"checkpoint.keep={keep}: must be at least 1, or nothing could be resumed")
@@ -57,8 +66,7 @@ class Checkpoints:
                 return sign * metrics[best] if metrics and best in metrics else float("-inf")
 
             preserve.append(policies.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False))
-        # Compression costs several times the save's own processor time and saves little on float32 weights.
-        handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
+        handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=compression) for name in ITEMS}
         with _quiet():
             options = ocp.CheckpointManagerOptions(
                 # Without it orbax writes no metrics; what is kept is the policy's to say.
@@ -69,8 +77,12 @@ class Checkpoints:
                 read_only=read_only,
                 # Left-overs of a killed save are never complete.
                 cleanup_tmp_directories=not read_only,
-                # Else a save that fails at its start leaves threads behind that wait 20 minutes for folders.
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                async_options=ocp.AsyncOptions(
+                    # Else a save that fails at its start leaves threads behind that wait 20 minutes for folders.
+                    create_directories_asynchronously=False,
+                    # Before the folder gets its name: a complete checkpoint has its checksums.
+                    post_finalization_callback=self._write_checksums,
+                ),
             )
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
@@ -87,6 +99,7 @@ class Checkpoints:
         """Start saving in the background; raises CheckpointError if this or the last save failed."""
         # One save at a time is orbax's rule too; waiting here names the step that failed.
         self.wait()
+        self._check_writable(step)
         args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         self._saving = step
         try:
@@ -107,16 +120,73 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(error) from error
+        self._saving = None
+
+    def check(self) -> bool:
+        """Whether no save is under way; raises CheckpointError if one has failed by now. Does not wait.
+
+        Of several hosts none asks: whether a save failed is told to all by the next one.
+        """
+        if self._saving is not None and hosts.count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
+        return self._saving is None
+
+    def _check_writable(self, step: int) -> None:
+        """Several hosts wait for each other in a save: one that cannot begin must be seen by all beforehand."""
+        if hosts.count() == 1:
+            return
+        problem = None
+        if hosts.is_first():
+            probe = self.folder / ".writable"
+            try:
+                probe.write_bytes(bytes(4096))
+                probe.unlink()
+            except OSError as error:
+                problem = str(error)
+        problem = hosts.broadcast(problem)
+        if problem is not None:
+            self._saving = step
+            raise self._failed(OSError(problem))
+
+    def _write_checksums(self) -> None:
+        """Called in the background, by the first host, once the files of a save are written."""
+        # The folder has its temporary name; left-overs of other saves were cleared away at the start.
+        folder = max(self.folder.glob(f"{self._saving}.*tmp*"), key=lambda p: p.stat().st_mtime)
+        (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+
+    def verify(self, step: int, items: Collection[str] | None = None) -> None:
+        """Raise CheckpointError if files of a step (of these items, by default of all) are not those that were saved."""
+        folder = self.folder / str(step)
+        file = folder / CHECKSUMS
+        if not file.is_file():
+            return
+        try:
+            saved = json.loads(file.read_text())
+            if items is not None:
+                saved = {name: sums for name, sums in saved.items() if name.split("/")[0] in items}
+            wrong = wrong_files(folder, saved)
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {folder} cannot be read: {_short(error)}") from error
+        if wrong:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {'; '.join(wrong[:3])}")
 
     def restore(
-        self, step: int, abstract: dict[str, Any], *, optional: dict[str, jax.sharding.Sharding] | None = None
+        self,
+        step: int,
+        abstract: dict[str, Any],
+        *,
+        optional: dict[str, jax.sharding.Sharding] | None = None,
+        verify: bool = True,
     ) -> dict[str, Any]:
         """Items of a step, in the shapes and shardings of `abstract` (trees of ShapeDtypeStruct).
 
         optional: items taken as they are, with this sharding for all their arrays, where the step has them.
+        verify: compare the files with their checksums (of several hosts, the first one does).
         Raises CheckpointError, with the names of the first arrays that differ where it is the shapes.
         """
         where = f"checkpoint {self.folder / str(step)}"
+        if verify and hosts.is_first():
+            self.verify(step, {*abstract, *(optional or {})})
         try:
             self._check_tokenizer(step, where)
             abstract = dict(abstract)
@@ -154,25 +224,52 @@ class Checkpoints:
     def restore_latest(
         self, abstract: dict[str, Any], *, optional: dict[str, jax.sharding.Sharding] | None = None
     ) -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint that can be read; damaged ones are renamed, not deleted. None if there is none."""
-        damaged = []
-        for step in reversed(self.steps()):
-            try:
-                items = self.restore(step, abstract, optional=optional)
-            except CheckpointError as error:
-                damaged.append((step, error))
-                continue
-            for bad, error in damaged:
-                aside = _unused(self.folder.parent / "damaged" / str(bad))
-                aside.parent.mkdir(exist_ok=True)
-                (self.folder / str(bad)).rename(aside)
-                logger.warning("%s; it was moved to %s and step %d is used", error, aside, step)
-            if damaged:
-                self._manager.reload()
-            return step, items
+        """The newest checkpoint that can be read; damaged ones are renamed, not deleted. None if there is none.
+
+        All hosts get the same step: the first one chooses, and one that any host cannot read counts as damaged.
+        """
+        damaged: list[tuple[int, str]] = []
+        for step in hosts.broadcast(self.steps()[::-1]):
+            items, problem = self._try(step, abstract, optional)
+            if problem is None:
+                self._set_aside(damaged, step)
+                return step, items
+            damaged.append((step, problem))
         if damaged:
-            raise damaged[0][1]
+            raise CheckpointError(damaged[0][1])
         return None
+
+    def _try(
+        self, step: int, abstract: dict[str, Any], optional: dict[str, jax.sharding.Sharding] | None
+    ) -> tuple[dict[str, Any], str | None]:
+        """(items, None), or what is wrong with the step."""
+        problem = None
+        if hosts.is_first():
+            try:
+                self.verify(step)
+            except CheckpointError as error:
+                problem = str(error)
+        if (problem := hosts.broadcast(problem)) is not None:
+            return {}, problem
+        items: dict[str, Any] = {}
+        try:
+            items = self.restore(step, abstract, optional=optional, verify=False)
+        except CheckpointError as error:
+            problem = str(error)
+        return items, next((p for p in hosts.gather(problem) if p is not None), None)
+
+    def _set_aside(self, damaged: list[tuple[int, str]], used: int) -> None:
+        """Move damaged checkpoints out of the way, so that their steps can be saved again."""
+        if not damaged:
+            return
+        if hosts.is_first():
+            for step, problem in damaged:
+                aside = _unused(self.folder.parent / "damaged" / str(step))
+                aside.parent.mkdir(exist_ok=True)
+                (self.folder / str(step)).rename(aside)
+                logger.warning("%s; it was moved to %s and step %d is used", problem, aside, used)
+        hosts.barrier("damaged checkpoints are moved")
+        self._manager.reload()
 
     def describe(self, step: int, item: str) -> Any:
         """Tree of shapes and types of an item, read without its arrays. None if the step has no such item."""
@@ -203,9 +300,10 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointError:
         good = self.latest()
+        failed, self._saving = self._saving, None
         return CheckpointError(
-            f"the checkpoint of step {self._saving} could not be saved under {self.folder}: {_short(error)}. Free space or check the folder's "
-            f"permissions, then run the same command again; it goes on from "
+            f"the checkpoint of step {failed} could not be saved under {self.folder}: {_short(error)}. Free space or "
+            f"check the folder's permissions; the same command goes on from "
             f"{'step ' + str(good) if good is not None else 'the start, no checkpoint is complete yet'}"
         )
 

@@ -64,16 +64,52 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """`every`: steps between checkpoints, 0 = only at the end; the last `keep` stay, and the best by `best`."""
+    """`every`: steps between checkpoints, 0 = only at the end; the last `keep` stay, and the best by `best`.
+
+    A save that fails (disk full, folder read-only) is warned of and tried again at the next one; after `max_failures`
+    in a row the run stops.
+    """
 
     every: int = 500
     keep: int = 2
     # Name of an evaluation metric, for example "retrieval_phantoms/t2i_r1".
     best: str | None = None
     best_mode: Literal["max", "min"] = "max"
+    max_failures: int = 3
+    # Costs several times the save's own processor time and saves little on float32 weights.
+    compression: bool = False
 
     def __post_init__(self):
-        _at_least(self, every=0, keep=1)
+        _at_least(self, every=0, keep=1, max_failures=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SurviveConfig:
+    """What a run does about hosts that die, stages that hang and steps that go wrong.
+
+    A step is bad if its loss or the norm of its gradient is no finite number, or, with `spike_factor`, larger than
+    that factor times its running mean over good steps. bad_steps: "stop" ends the run with the batch's records saved;
+    "skip" leaves everything but the step counter as it was, counts the step under "skipped", and ends the run after
+    more than `max_skipped` in a row.
+    """
+
+    # A host that gives no sign of life for so long counts as dead, and ends the others.
+    host_timeout_s: float = 100.0
+    # A stage (data, step, checkpoint, eval ...) that lasts longer is named in the log with the stacks of all threads,
+    # again after twice the time and so on; 0 = never.
+    watchdog_s: float = 600.0
+    # A stage that lasts longer ends the process; null = never.
+    watchdog_stop_s: float | None = None
+    bad_steps: Literal["stop", "skip"] = "stop"
+    spike_factor: float | None = None
+    max_skipped: int = 10
+
+    def __post_init__(self):
+        _at_least(self, host_timeout_s=1, watchdog_s=0, max_skipped=0)
+        if self.watchdog_stop_s is not None and self.watchdog_stop_s <= 0:
+            raise ConfigError(f"watchdog_stop_s={self.watchdog_stop_s}: must be above 0, or null for never")
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ConfigError(f"spike_factor={self.spike_factor}: must be above 1, or null for no such check")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +162,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    survive: SurviveConfig = SurviveConfig()
     # Models whose parameters this run starts from: run folders (the parameters of their optimiser, not the moving
     # average), "open_clip:DIR" or "hf:DIR"; several, in a tuple or with commas between, are laid over each other
     # (bvl/train/initial.py). This run's own checkpoint wins when there is one.
@@ -174,6 +211,7 @@ FREE_KEYS = (
     "mesh.",
     "checkpoint.",
     "eval.",
+    "survive.",
 )
 
 

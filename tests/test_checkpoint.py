@@ -27,6 +27,10 @@ def items(step, size=200):
     }
 
 
+def with_sums(step):
+    return items(step) | {"sums": {"loss": jnp.asarray([1.5, 2.0])}}
+
+
 def abstract(size=200):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), items(0, size))
@@ -41,7 +45,7 @@ def write(folder, steps, *, metrics=None, **options):
     """Save `steps` and close; returns the steps that stay."""
     checkpoints = Checkpoints(folder, **options)
     for step in steps:
-        checkpoints.save(step, items(step), (metrics or {}).get(step))
+        checkpoints.save(step, with_sums(step), (metrics or {}).get(step))
     checkpoints.wait()
     stay = checkpoints.steps()
     checkpoints.close()
@@ -120,7 +124,19 @@ def truncate(folder):
     os.truncate(file, file.stat().st_size // 2)
 
 
+def flip(folder, pattern):
+    """One bit in the midst of the largest of these files."""
+    file = max(folder.glob(pattern), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
 DAMAGES = {
+    "flipped bit of parameters": lambda folder: flip(folder, "params/**/d/*"),
+    "flipped bit of the rest": lambda folder: flip(folder, "rest/**/d/*"),
+    "flipped bit of the checksums": lambda folder: flip(folder, "checksums.json"),
+    "missing optional item": lambda folder: shutil.rmtree(folder / "sums"),
     "truncated file": truncate,
     "missing file": lambda folder: largest_file(folder).unlink(),
     "missing manifest": lambda folder: (folder / "params" / "manifest.ocdbt").unlink(),
@@ -144,11 +160,27 @@ def test_a_damaged_checkpoint_is_set_aside(folder, damage, caplog):
         assert restored_step(folder) == 4
 
 
+def test_a_checkpoint_without_checksums_is_taken(folder):
+    write(folder, [2])
+    (folder / "2" / "checksums.json").unlink()
+    assert restored_step(folder) == 2
+
+
+def test_a_reader_of_parameters_checks_them_alone(folder):
+    write(folder, [2])
+    flip(folder / "2", "rest/**/d/*")
+    reader = Checkpoints(folder, read_only=True)
+    reader.restore(2, {"params": abstract()["params"]})
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged: rest/.* has other bytes than were"):
+        reader.restore(2, abstract())
+    reader.close()
+
+
 def test_only_damaged_ones_are_an_error(folder):
     write(folder, [2, 4])
     truncate(folder / "2"), truncate(folder / "4")
     checkpoints = Checkpoints(folder)
-    with pytest.raises(CheckpointError, match=r"checkpoints/4 cannot be read"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/4 is damaged"):
         checkpoints.restore_latest(abstract())
     assert checkpoints.steps() == [2, 4]
     checkpoints.close()

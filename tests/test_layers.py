@@ -16,7 +16,7 @@ LAYERS = [
     ("data", "metrics", "losses", "models"),
     ("assembly",),
     ("decode", "convert"),
-    ("checkpoint",),
+    ("checkpoint", "checksums"),
     ("runs",),
     ("tasks",),
     ("evals",),

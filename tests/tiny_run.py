@@ -114,7 +114,7 @@ def saved_items(run: Path, step: int | None = None) -> dict[str, Any]:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         trees = {
             name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), tree)
-            for name in ("params", "ema", "rest", "sums")
+            for name in ("params", "ema", "rest", "sums", "guard")
             if (tree := checkpoints.describe(step, name)) is not None
         }
         return jax.tree.map(np.asarray, checkpoints.restore(step, trees))

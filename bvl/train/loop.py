@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import errno
 import functools
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -18,10 +16,11 @@ import jax
 from bvl import hosts
 from bvl.checkpoint import Checkpoints
 from bvl.config import Config
-from bvl.errors import ConfigError, RunFolderError, UserError
+from bvl.errors import ConfigError, RunFolderError
 from bvl.mesh import check_batch_size, check_hosts, make_mesh, replicated, share_of_host, to_global
-from bvl.runs import Components, Encoder, RunFolder, write_atomic
+from bvl.runs import Components, Encoder, RunFolder
 from bvl.train.bad_records import BadRecords
+from bvl.train.bad_steps import StepReader
 from bvl.train.early_stop import EarlyStop, early_stop_at
 from bvl.train.environment import enable_compilation_cache, note_start
 from bvl.train.evaluation import evaluate_state
@@ -30,8 +29,10 @@ from bvl.train.lora import Adapter
 from bvl.train.metrics_log import MetricsLog, ProgressLines
 from bvl.train.optim import make_schedule
 from bvl.train.parameters import named_leaves
+from bvl.train.peers import Peers
 from bvl.train.profile import StepTrace
 from bvl.train.program import TrainState
+from bvl.train.saving import DISK_FULL, Saver
 from bvl.train.setup import (
     Data,
     build_program,
@@ -45,23 +46,20 @@ from bvl.train.setup import (
     prepare_data,
 )
 from bvl.train.step import check_accumulation, make_train_step
-from bvl.train.survive import stop_on_signals
+from bvl.train.survive import exit_on_signals, stop_on_signals
 from bvl.train.timing import CountedStep, Timing
 from bvl.train.wandb_log import WandbLog, import_wandb
+from bvl.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 # Name of the evaluation of what training starts from.
 BEFORE = "before"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class TrainingFailed(UserError):
-    """Training cannot go on: the loss is no number, or too many records are unreadable."""
 
 
 def train(config: Config, *, force: bool = False) -> int:
-    """Train to `config.steps` or go on where the run folder stands; returns the exit code (0 = complete).
+    """Train to `config.steps` or go on where the run folder stands; returns the exit code (0 = complete, others as in
+    bvl/train/survive.py).
 
     Raises a UserError for anything the user can mend.
     """
@@ -69,19 +67,26 @@ def train(config: Config, *, force: bool = False) -> int:
         raise ConfigError("no run folder: add workdir=DIR, for example workdir=runs/my_run")
     if not config.tasks:
         raise ConfigError("tasks is empty: name at least one, for example {'contrastive': Contrastive()}")
-    run = RunFolder(config.workdir)
-    with run.lock():
-        try:
-            return _train(config, run, force)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
+    run, survive = RunFolder(config.workdir), config.survive
+    peers = Peers(survive.host_timeout_s)
+    watchdog = Watchdog(survive.watchdog_s, survive.watchdog_stop_s)
+    try:
+        with exit_on_signals(), run.lock():
+            return _train(config, run, force, watchdog)
+    except BaseException as error:
+        peers.failed(error)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise RunFolderError(
                 f"workdir {run.path} cannot be written: {error}; free space, then run the same command again"
             ) from error
+        raise
+    finally:
+        watchdog.close()
+        peers.close()
 
 
-def _train(config: Config, run: RunFolder, force: bool) -> int:
+def _train(config: Config, run: RunFolder, force: bool, watchdog: Watchdog) -> int:
+    watchdog.enter("setup")
     enable_compilation_cache()
     check_hosts(config.mesh, hosts.count())
     mesh = make_mesh(config.mesh)
@@ -125,6 +130,7 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
         best=options.best,
         best_mode=options.best_mode,
         tokenizer=data.tokenizer.hash,
+        compression=options.compression,
     )
     try:
         state, sums = first_state(config, checkpoints, plan, start, data.tokenizer, mesh, run)
@@ -170,12 +176,15 @@ def _train(config: Config, run: RunFolder, force: bool) -> int:
             share=(share, num_shares),
             num_devices=mesh.size,
             adapter=program.adapter,
+            watchdog=watchdog,
         )
         if config.eval.before and step == 0:
-            loop.evaluate(state, step, name=BEFORE)
+            with watchdog.stage("eval"):
+                loop.evaluate(state, step, name=BEFORE)
             logger.info("what training starts from was evaluated: %s", run.evals / f"{BEFORE}.json")
         return loop.run_to_end(state, sums)
     finally:
+        watchdog.enter("checkpoint")
         checkpoints.close()
 
 
@@ -193,32 +202,35 @@ class _Loop:
     share: tuple[int, int]
     num_devices: int
     adapter: Adapter | None
+    watchdog: Watchdog
 
     def run_to_end(self, state: TrainState, sums: Any) -> int:
         """Step, log, evaluate, save; returns the exit code."""
         config, start = self.config, int(state.step)
         schedule = make_schedule(config.optim, config.steps)
-        pipeline = self.data.pipeline
+        pipeline, enter = self.data.pipeline, self.watchdog.enter
         evaluated = False
-        # Read one step late, so that the devices never wait for the host.
-        unchecked: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
+        reader = self._reader()
         batches = pipeline.batches(
             start=start, stop=config.steps, host=self.share[0], num_hosts=self.share[1]
         )
         with contextlib.ExitStack() as stack:
             log, bad, progress, timing = self._open(stack, start)
+            saver = Saver(self.checkpoints, max_failures=config.checkpoint.max_failures, flush=log.flush)
             stop = stack.enter_context(stop_on_signals())
             for step in range(start + 1, config.steps + 1):
+                enter("data")
                 with self.trace.step(step):
                     with timing.part("data"):
                         batch, unreadable = next(batches)
                     bad.add(step, unreadable)
-                    state, metrics = self.step_fn(state, batch)
+                    enter("step")
+                    state, metrics = self.step_fn(state, stop.in_batch(batch))
                 with timing.part("other"):
                     self.trace.stop_after(step, metrics)
-                self._check_finite(unchecked)
-                unchecked = (step, metrics["step"], batch)
+                metrics = reader.take(step, metrics, batch)
                 sums = metrics if not sums else _add(sums, metrics)
+                saver.check()
                 timing.step()
                 progress.advance(step)
 
@@ -227,13 +239,15 @@ class _Loop:
                 scores = None
                 if evaluating or _due(step, config.log.every):
                     # Parameters that are no numbers may not take the place of the last evaluation.
-                    self._check_finite(unchecked)
+                    reader.read()
                     values = _means(jax.device_get(sums)) | {"lr": float(schedule(step - 1))}
                     values |= timing.row(self.flops())
                     progress.row(step, values)
                     if evaluating:
+                        enter("eval")
                         scores = self.evaluate(state, step)
                         values |= {f"eval/{name}": value for name, value in scores.items()}
+                    enter("log")
                     log.write(step, values)
                     sums = {}
                     timing.reset()
@@ -244,25 +258,33 @@ class _Loop:
                     self.early_stop.add(step, scores)
                     last = last or self.early_stop.reached
                 candidate = bool(scores) and config.checkpoint.best is not None
-                stopping = stop.exit_code is not None
-                if last or stopping or candidate or _due(step, config.checkpoint.every):
-                    self._check_finite(unchecked)
+                exit_code = stop.agreed(reader.told_to_stop)
+                if last or exit_code or candidate or _due(step, config.checkpoint.every):
+                    enter("step")
+                    reader.read()
+                    enter("checkpoint")
                     with timing.part("other"):
-                        # Rows up to this step are on disk before the checkpoint is: a resume loses none.
-                        self.checkpoints.save(step, checkpoint_items(state, sums, self.adapter), scores)
+                        save = saver.finish if last or exit_code else saver.save
+                        save(step, checkpoint_items(state, sums, self.adapter), scores)
                 if last:
                     break
-                if stopping:
-                    self.checkpoints.wait()
+                if exit_code:
                     logger.warning(
                         "stopped at step %d of %d; the same command goes on here", step, config.steps
                     )
-                    return stop.exit_code
-            self.checkpoints.wait()
+                    return exit_code
         if self.early_stop.reached:
             logger.info("stopped early at step %d of %d: %s", step, config.steps, self.early_stop)
         logger.info("complete: %s", self.run.path)
         return 0
+
+    def _reader(self) -> StepReader:
+        sets = self.data.pipeline.sets
+
+        def describe(source: int, record: int) -> dict[str, str]:
+            return {"source": sets[source].name, "id": sets[source].describe(record)["id"]}
+
+        return StepReader(self.run, self.config, describe=describe, last_good=self.checkpoints.latest)
 
     def _open(
         self, stack: contextlib.ExitStack, start: int
@@ -298,7 +320,7 @@ class _Loop:
         if not missing:
             return
         # One more checkpoint could push the best out; where there is none, the work would be lost.
-        if not self.checkpoints.steps():
+        if not hosts.broadcast(self.checkpoints.steps()):
             self.checkpoints.save(step, checkpoint_items(state, sums, self.adapter), scores)
             self.checkpoints.wait()
         option, metric = missing[0]
@@ -307,31 +329,6 @@ class _Loop:
             f"{option}={metric!r} is no metric of the evaluation at step {step}"
             + (f"; nearest is {near[0]!r}" if near else "")
             + f" (metrics: {', '.join(sorted(scores)) or 'none'})"
-        )
-
-    def _check_finite(self, unchecked: tuple[int, dict[str, jax.Array], dict[str, Any]] | None) -> None:
-        """Raise TrainingFailed, with the batch's records saved, if the loss or the gradient of a step is no number."""
-        if unchecked is None:
-            return
-        step, totals, batch = unchecked
-        # A finite loss can have a gradient that is none, which would spoil the parameters about to be saved.
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(float(totals[name][0]))]
-        if not bad:
-            return
-        sets = self.data.pipeline.sets
-        records = [
-            {"source": sets[source].name, "id": sets[source].describe(int(record))["id"]}
-            for source, record in zip(batch["source"], batch["record"], strict=True)
-        ]
-        path = self.run.path / "nan_batch.json"
-        write_atomic(
-            path, json.dumps({"step": step, "seed": self.config.seed, "records": records}, indent=1) + "\n"
-        )
-        good = self.checkpoints.latest()
-        raise TrainingFailed(
-            f"the {bad[0].replace('_', ' ')} of step {step} is not a finite number; the batch's records are in {path}. "
-            f"The last checkpoint is {'of step ' + str(good) if good is not None else 'not made yet'}; "
-            f"try a lower optim.lr, more optim.warmup_steps or optim.clip_norm"
         )
 
 
@@ -355,6 +352,9 @@ def _means(sums: Any) -> dict[str, float]:
     for task, metrics in sums["tasks"].items():
         for name, pair in metrics.items():
             pairs[f"loss/{task}" if name == "loss" else f"{task}/{name}"] = pair
-    return {
+    # Steps that were skipped are counted; of everything else the mean over steps counts.
+    counted = {name: float(pairs.pop(name)[0]) for name in ("skipped",) if name in pairs}
+    means = {
         name: float(total) / float(count) if count else math.nan for name, (total, count) in pairs.items()
     }
+    return means | counted

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from bvl import hosts
+from bvl.train.saving import DISK_FULL
+from bvl.train.tensorboard import TensorBoard
 from bvl.train.wandb_log import WandbLog
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,34 @@ def _lines_up_to(path: Path, step: int) -> Iterator[tuple[bytes, dict[str, Any]]
 
 
 class JsonLines:
-    """Append-only JSONL; every row is handed to the operating system at once, so that kill -9 loses none."""
+    """Append-only JSONL; every row is handed to the operating system at once, so that kill -9 loses none.
+
+    Rows for which the disk has no space wait in memory and are written, in order, once it has.
+    """
 
     def __init__(self, path: Path):
-        self._file = open(path, "a", encoding="utf-8")
+        self._path = path
+        self._file = open(path, "ab", buffering=0)
+        self._waiting = b""
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(row) + "\n").encode()
+        try:
+            self.flush()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            logger.error(
+                "NOT WRITTEN: %s: %s. %d rows wait in memory and training goes on; free space",
+                self._path,
+                error.strerror,
+                self._waiting.count(b"\n"),
+            )
+
+    def flush(self) -> None:
+        """Write what waits; raises OSError where there is still no space."""
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def close(self) -> None:
         self._file.close()
@@ -78,9 +99,7 @@ class MetricsLog:
         drop_rows_after(path, resume_step)
         self._rows = JsonLines(path)
         if tensorboard:
-            self._tensorboard = tensorboardX.SummaryWriter(
-                str(path.parent / "tensorboard"), purge_step=resume_step + 1
-            )
+            self._tensorboard = TensorBoard(path.parent / "tensorboard", resume_step=resume_step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Keys of `metrics` keep their order; numbers that are not finite are written as null."""
@@ -88,12 +107,14 @@ class MetricsLog:
         if self._rows is not None:
             self._rows.write({"step": step, **row})
         if self._tensorboard is not None:
-            for key, value in row.items():
-                # Where nothing was counted there is no point to draw.
-                if value is not None:
-                    self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard.write(step, row)
         if self._wandb is not None:
             self._wandb.write(step, metrics)
+
+    def flush(self) -> None:
+        """Write the rows that wait for space; raises OSError where there is still none."""
+        if self._rows is not None:
+            self._rows.flush()
 
     def close(self) -> None:
         if self._rows is not None:

@@ -19,6 +19,7 @@ from bvl.errors import ConfigError
 from bvl.models.dropout import RowKeys, fold, keys_of_parts
 from bvl.models.vlm import DualEncoder, normalize_image
 from bvl.tasks.base import Context, Features, ModelInfo, Task, View
+from bvl.train.guard import Guard
 from bvl.train.lora import Adapter
 from bvl.train.optim import Optimizer
 from bvl.train.parameters import LORA, named_leaves, parameter_name
@@ -31,7 +32,7 @@ Statistics = dict[str, jax.Array]
 class TrainState:
     """`params` = {"model": ..., "heads": {task: {name: ...}}}, with low-rank factors also "lora"; `extra` by task.
 
-    `ema`: like params, the averaged parameters that are to be evaluated, or None.
+    `ema`: like params, the averaged parameters that are to be evaluated, or None. `guard`: what bad steps are told by.
     """
 
     step: jax.Array
@@ -39,6 +40,7 @@ class TrainState:
     opt_state: Any
     ema: Any
     extra: dict[str, Any]
+    guard: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Program:
     frozen: name -> (model, preprocess) of encoders that are only read.
     group_norms: also give norms of gradients, updates and parameters by group.
     adapter: the low-rank factors that are trained, where there are any.
+    guard: undoes bad steps, where that is asked for.
     """
 
     model: DualEncoder
@@ -60,6 +63,7 @@ class Program:
     frozen: dict[str, tuple[DualEncoder, Preprocess]]
     group_norms: bool = False
     adapter: Adapter | None = None
+    guard: Guard | None = None
 
     def init_params(self, key: jax.Array) -> Any:
         """Fresh parameters, boxed with their logical axis names."""
@@ -91,6 +95,7 @@ class Program:
             # A copy: donated buffers may not be shared.
             ema=jax.tree.map(jnp.copy, params) if self.ema_decay or optimizer.averages else None,
             extra={name: task.init_extra(self.info) for name, task in self.tasks.items()},
+            guard=None if self.guard is None else self.guard.init(),
         )
 
     def views(self) -> dict[str, dict[str, View]]:

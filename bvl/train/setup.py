@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -31,6 +32,7 @@ from bvl.runs import (
     write_atomic,
 )
 from bvl.tasks.base import ModelInfo
+from bvl.train.guard import Guard
 from bvl.train.initial import Start, initial_params, warn_of_untrained
 from bvl.train.lora import Adapter
 from bvl.train.optim import make_optimizer
@@ -233,6 +235,7 @@ def build_program(config: Config, data: Data, frozen: dict[str, Components], mes
         frozen={name: (c.model, c.preprocess) for name, c in frozen.items()},
         group_norms=config.log.norms,
         adapter=Adapter.of(config.optim),
+        guard=Guard.of(config.survive),
     )
 
 
@@ -283,14 +286,22 @@ def checkpoint_items(
     items = {"params": params, "rest": rest}
     if ema is not None:
         items["ema"] = ema
+    if state.guard is not None:
+        items["guard"] = state.guard
     return items | ({"sums": sums} if sums else {})
 
 
-def _restore(items: dict[str, Any], adapter: Adapter | None) -> tuple[TrainState, dict[str, Any]]:
+def _restore(items: dict[str, Any], plan: Plan) -> tuple[TrainState, dict[str, Any]]:
     rest, params, ema = items["rest"], items["params"], items.get("ema")
-    if adapter is not None:
-        params, ema = adapter.restored(params, ema, rest["lora"])
-    return TrainState(rest["step"], params, rest["opt_state"], ema, rest["extra"]), items.get("sums", {})
+    if plan.adapter is not None:
+        params, ema = plan.adapter.restored(params, ema, rest["lora"])
+    guard = plan.target.guard
+    if guard is not None:
+        # It may have been switched on since.
+        new = lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding)  # noqa: E731
+        guard = items.get("guard") or jax.tree.map(new, guard)
+    state = TrainState(rest["step"], params, rest["opt_state"], ema, rest["extra"], guard)
+    return state, items.get("sums", {})
 
 
 def first_state(
@@ -310,10 +321,13 @@ def first_state(
     4. fresh parameters from the seed.
     """
     items = checkpoint_items(plan.target, {}, plan.adapter)
-    restored = checkpoints.restore_latest(items, optional={"sums": replicated(mesh)})
+    optional = {"sums": replicated(mesh)}
+    if items.pop("guard", None) is not None:
+        optional["guard"] = replicated(mesh)
+    restored = checkpoints.restore_latest(items, optional=optional)
     if restored is not None:
         logger.info("resuming from step %d", restored[0])
-        return _restore(restored[1], plan.adapter)
+        return _restore(restored[1], plan)
     if config.resume_from is not None:
         folder = RunFolder(config.resume_from).checkpoints
         if not folder.is_dir():
@@ -328,7 +342,7 @@ def first_state(
                     f"resume_from={config.resume_from} stands at step {step}: steps={config.steps} leaves nothing to train"
                 )
             logger.info("continuing %s from step %d", config.resume_from, step)
-            return _restore(other.restore(step, items, optional={"sums": replicated(mesh)}), plan.adapter)
+            return _restore(other.restore(step, items, optional=optional), plan)
         finally:
             other.close()
     state = plan.fresh(jax.random.key(config.seed))

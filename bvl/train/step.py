@@ -17,6 +17,7 @@ from bvl.tasks.base import Task
 from bvl.train.optim import Optimizer
 from bvl.train.parameters import STATISTICS, group_of, map_by_name, merge, parameter_name
 from bvl.train.program import Program, TrainState
+from bvl.train.survive import STOP
 
 
 def check_accumulation(accumulate: int, tasks: dict[str, Task], batch_size: int, mesh: Mesh) -> None:
@@ -44,13 +45,15 @@ def make_train_step(
 
     Metrics are arrays [total, count]: {"tasks": {task: {name: ...}}, "step": {"loss", "grad_norm"}}, where "step" has
     also "grad_norm/<group>", "update_norm/<group>" and "param_norm/<group>" with `program.group_norms`; all norms are
-    of the trained parameters. The random key is a function of (seed, step).
+    of the trained parameters. The random key is a function of (seed, step). With `program.guard` there is also its
+    report, "guard", and for a batch with requests to stop the largest, "stop".
     """
     mesh, accumulate = program.mesh, optimizer.config.accumulate
 
     def step(state: TrainState, frozen_params: dict[str, Any], batch: dict[str, jax.Array]):
         rng = jax.random.fold_in(jax.random.key(program.seed), state.step)
-        batch = program.prepare(batch, rng)
+        requests = {STOP: batch[STOP].max()} if STOP in batch else {}
+        batch = program.prepare({name: x for name, x in batch.items() if name != STOP}, rng)
         check_accumulation(accumulate, program.tasks, len(batch["row"]), mesh)
         trained, frozen = optimizer.split(state.params)
 
@@ -93,7 +96,11 @@ def make_train_step(
         if program.group_norms:
             values |= _norms_by_group(grad=grads, update=updates, param=trained)
         totals = {name: jnp.stack([value, jnp.ones(())]) for name, value in values.items()}
-        return TrainState(state.step + 1, params, opt_state, ema, extra), {"tasks": metrics, "step": totals}
+        after = TrainState(state.step + 1, params, opt_state, ema, extra)
+        gives = {"tasks": metrics, "step": totals}
+        if program.guard is not None:
+            after, gives = program.guard.apply(state, after, gives, total, values["grad_norm"])
+        return after, gives | requests
 
     return jax.jit(
         step,

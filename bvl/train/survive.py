@@ -1,4 +1,14 @@
-"""Stopping in good order: signals become a request that the loop reads between steps."""
+"""Stopping in good order, and what exit codes say.
+
+    0    complete
+    143  asked to stop by SIGTERM or SIGUSR1: everything is saved and the same command goes on; launchers requeue on it
+    130  the same by Ctrl-C; not to be requeued
+    1    a problem that the message explains, or a crash
+    2    wrong usage
+
+Signals become a request that the loop reads between steps. Of several hosts any may get the signal, and all must stop
+after the same step: each puts its request into the batch, the step gives back the largest, and all read it there.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +17,82 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any, NoReturn
 
-logger = logging.getLogger(__name__)
+import numpy as np
+
+from bvl import hosts
+
+logger = logging.getLogger("bvl.hosts")
 
 # What a shell reports for a process that a signal ended: 128 + number.
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
-EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
+EXIT_CODES = {
+    signal.SIGINT: EXIT_INTERRUPTED,
+    signal.SIGTERM: EXIT_TERMINATED,
+    # What Slurm sends some time before the limit (sbatch --signal=USR1@120).
+    signal.SIGUSR1: EXIT_TERMINATED,
+}
+# Batch key, and name among what a step gives, of the hosts' requests to stop: an exit code, or 0.
+STOP = "stop"
 
 
 class StopRequest:
-    """`exit_code` is None until a signal asked to stop."""
+    """`exit_code` is None until a signal asked this process to stop."""
 
     exit_code: int | None = None
+
+    def in_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with this host's request, where there are others to be told."""
+        if hosts.count() == 1:
+            return batch
+        rows = len(next(iter(batch.values())))
+        return {**batch, STOP: np.full(rows, self.exit_code or 0, np.int32)}
+
+    def agreed(self, told: int) -> int | None:
+        """The exit code where all hosts must stop now; `told` is what the last step that all have read gave back."""
+        return self.exit_code if hosts.count() == 1 else told or None
+
+
+@contextlib.contextmanager
+def _handled(handlers: dict[int, Any]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may set handlers; a run started elsewhere has no such request.
+        yield
+        return
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            # None: a handler that is no Python function, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Before training, when there is nothing to save: SIGTERM and SIGUSR1 end the process with the code of a request."""
+
+    def handle(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(EXIT_CODES[signal.Signals(number)])
+
+    with _handled({number: handle for number, code in EXIT_CODES.items() if code == EXIT_TERMINATED}):
+        yield
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Ctrl-C and SIGTERM ask to stop after the running step; a second one stops at once."""
+    """SIGTERM, SIGUSR1 and Ctrl-C ask to stop after the running step; a second Ctrl-C stops at once."""
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        # Only the main thread may set handlers; a run started elsewhere has no such request.
-        yield request
-        return
 
     def handle(number: int, _frame: object) -> None:
-        if request.exit_code is not None:
+        name = signal.Signals(number).name
+        if number == signal.SIGINT and request.exit_code is not None:
             raise KeyboardInterrupt
-        request.exit_code = EXIT_CODES[signal.Signals(number)]
-        logger.warning("%s: saving after this step (again to stop at once)", signal.Signals(number).name)
+        # SIGTERM often follows SIGUSR1 while everything is being saved.
+        request.exit_code = max(request.exit_code or 0, EXIT_CODES[signal.Signals(number)])
+        logger.warning("%s: saving after this step (Ctrl-C to stop at once)", name)
 
-    old = {number: signal.signal(number, handle) for number in EXIT_CODES}
-    try:
+    with _handled(dict.fromkeys(EXIT_CODES, handle)):
         yield request
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
