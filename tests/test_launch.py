@@ -405,6 +405,10 @@ def script_job(tmp_path, text, name="w", monkeypatch=None):
 
 
 class TestLocal:
+    @pytest.fixture(autouse=True)
+    def without_gpus(self, monkeypatch):
+        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
     def test_variables(self):
         options = local.Options(hosts=2, devices_per_host=3)
         values = local.variables(options, 1, 999)
@@ -485,3 +489,17 @@ sys.exit(143 if len(got) == 1 else 9)
         words = [shlex.split(line) for line in lines]
         assert "BVL_PROCESS_ID=1" in words[1] and "JAX_NUM_CPU_DEVICES=4" in words[1]
         assert words[1][-2:] == [">>runs/a/logs/host1.log", "2>&1"]
+
+    def test_processes_find_each_other(self, tmp_path):
+        """What they then do is tested in test_hosts.py."""
+        text = """
+import jax
+from bvl import hosts
+hosts.initialise()
+print(hosts.describe(), jax.device_count(), hosts.gather(host))
+"""
+        job = script_job(tmp_path, text)
+        assert local.launch([job], local.Options(hosts=2, devices_per_host=3)) == 0
+        for host in (0, 1):
+            said = Path(job.logs, f"host{host}.log").read_text()
+            assert f"host {host} of 2" in said and "6 ['0', '1']" in said

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-HOSTS, DEVICES = 2, 2
+HOSTS, DEVICES = 2, 1
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, default=Path("slurm_check"), help="a new one that the nodes share"
     )
-    parser.add_argument("--steps", type=int, default=120, help="of every run (default 120)")
+    parser.add_argument("--steps", type=int, default=60, help="of every run (default 60)")
     args = parser.parse_args()
     if shutil.which("sbatch") is None:
         print("skipped: sbatch is not on the PATH, so there is no Slurm here")
