@@ -211,6 +211,21 @@ def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every host holds in full -> the same with these shardings: a tree of them, or one for all."""
+
+    def one(x: Any, sharding: NamedSharding) -> jax.Array:
+        on_this_host = not isinstance(x, jax.Array) or x.is_fully_addressable
+        if sharding.is_fully_addressable or not on_this_host:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: one(x, shardings), tree)
+    return jax.tree.map(one, tree, shardings)
+
+
 def whole(array: Any) -> np.ndarray:
     """All values of an array, also where other hosts hold parts of it; every host must ask."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):

@@ -19,7 +19,7 @@ from bvl.decode.guidance import check_guidance, guided_merge, join_steps
 from bvl.decode.options import DecodeOptions
 from bvl.decode.search import Decoded, search
 from bvl.errors import UserError
-from bvl.mesh import BATCH_AXES, batch_sharding, replicated, rows_on_devices
+from bvl.mesh import BATCH_AXES, batch_sharding, place, replicated, rows_on_devices
 from bvl.models.vlm import DualEncoder
 from bvl.runs import Components
 
@@ -77,7 +77,7 @@ def write_rows(
     forbidden = tokenizer.no_words(components.model.vocab_size)
     numbers = _numbers(first_row, count, noun)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
-    keys = jax.device_put(keys, replicated(mesh))
+    keys = jax.random.wrap_key_data(place(jax.random.key_data(keys), replicated(mesh)))
     size = rows_on_devices(batch_size, mesh)
     plain_prefixes = _prefixes(components, {}, size, noun)
     other = None if language_model is None else _text_alone(language_model, size, mesh)
@@ -243,7 +243,7 @@ def _decode_rows(
 def _text_alone(language_model: Components, size: int, mesh: Mesh) -> dict[str, Any]:
     """`other` of `generate`: rows of a captioner without image and controls, or of a model without an image tower."""
     # It was loaded onto one device; the captioner may be in training on several.
-    params = jax.device_put(language_model.params["model"], replicated(mesh))
+    params = place(language_model.params["model"], replicated(mesh))
     model = language_model.model
     visual = (None, None)
     if model.config.image is not None:

@@ -6,13 +6,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from bvl.config import Config
-from bvl.mesh import replicated
+from bvl.mesh import place, replicated
 from bvl.models.grid import resize_positions
 from bvl.models.vit import ViTConfig
 
@@ -84,4 +83,4 @@ def _longer_text(name: str, there: Config, here: Config) -> bool:
 
 
 def _grown(value: Any, fresh: Any, mesh: Mesh) -> Any:
-    return jnp.concatenate([jax.device_put(value, replicated(mesh)), fresh[len(value) :]])
+    return jnp.concatenate([place(value, replicated(mesh)), fresh[len(value) :]])

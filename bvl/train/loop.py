@@ -17,7 +17,7 @@ from bvl import hosts
 from bvl.checkpoint import Checkpoints
 from bvl.config import Config
 from bvl.errors import ConfigError, RunFolderError
-from bvl.mesh import check_batch_size, check_hosts, make_mesh, replicated, share_of_host, to_global
+from bvl.mesh import check_batch_size, check_hosts, make_mesh, place, replicated, share_of_host, to_global
 from bvl.runs import Components, Encoder, RunFolder
 from bvl.train.bad_records import BadRecords
 from bvl.train.bad_steps import StepReader
@@ -161,7 +161,7 @@ def _train(config: Config, run: RunFolder, force: bool, watchdog: Watchdog) -> i
             classes=data.classes,
             encoder=Encoder(program.model, config.data.preprocess, mesh),
         )
-        frozen_params = {n: jax.device_put(c.params["model"], replicated(mesh)) for n, c in frozen.items()}
+        frozen_params = {n: place(c.params["model"], replicated(mesh)) for n, c in frozen.items()}
         step_fn = CountedStep(make_train_step(program, plan.optimizer, plan.shardings))
         loop = _Loop(
             config=config,

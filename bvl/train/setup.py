@@ -23,7 +23,7 @@ from bvl.data.pipeline import Pipeline, label_names, training_texts
 from bvl.data.sources import RecordSet
 from bvl.data.text import Tokenizer
 from bvl.errors import CheckpointError, ConfigError, DataError
-from bvl.mesh import replicated, shardings_of, unbox
+from bvl.mesh import place, replicated, shardings_of, unbox
 from bvl.runs import (
     Components,
     RunFolder,
@@ -354,7 +354,7 @@ def first_state(
         logger.info("init: %s", line)
     warn_of_untrained(diff, plan.optimizer.trains)
     diff.write(run.path)
-    params = jax.device_put({**state.params, **plain}, plan.shardings.params)
+    params = place({**state.params, **plain}, plan.shardings.params)
     ema = jax.tree.map(lambda x: x.copy(), params) if state.ema is not None else None
     # Some optimisers keep parameters of their own, which must be these too.
     opt_state = jax.jit(plan.optimizer.init, out_shardings=plan.shardings.opt_state)(params)
