@@ -434,16 +434,11 @@ def test_microbatches_add_up_to_the_batch():
     assert abs(without - results[1][1]["step/loss"][0]) > 1e-3, "dropout does something"
 
 
-@pytest.mark.parametrize(
-    "tasks, accumulate, message",
-    [
-        (TASKS, 2, "task 'pairs' \\(Contrastive\\) needs all rows of the batch at once"),
-        ({"labels": TASKS["labels"]}, 3, "batch_size=8 cannot be split into optim.accumulate=3"),
-    ],
-)
-def test_batches_that_cannot_be_split(tasks, accumulate, message):
-    state, step = start(make_program(tasks), optim=dataclasses.replace(SGD, accumulate=accumulate))
-    with pytest.raises(ConfigError, match=message):
+def test_batches_that_cannot_be_split():
+    state, step = start(
+        make_program({"labels": TASKS["labels"]}), optim=dataclasses.replace(SGD, accumulate=3)
+    )
+    with pytest.raises(ConfigError, match="batch_size=8 cannot be split into optim.accumulate=3"):
         step(state, data()[1][0])
 
 

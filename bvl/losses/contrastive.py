@@ -51,6 +51,7 @@ def softmax_loss(
     pair_weights: PairWeights | None = None,
     mesh: Mesh | None = None,
     chunk_size: int | None = None,
+    groups: int = 1,
 ) -> Float[Array, ""]:
     """Cross-entropy of every image over all texts and of every text over all images (CLIP, Radford et al. 2021, fig. 3).
 
@@ -72,12 +73,24 @@ def softmax_loss(
     Features of any float type; products, sums and the result are f32. With a mesh, rows of images and texts
     are split over its batch axes, and no device holds more than [its rows, chunk_size] logits; None picks
     blocks of 8 MiB. Differentiable in image, text, scale and pair_weights.
-    Raises ConfigError when shapes do not fit each other or the mesh.
+
+    With `groups`, images and texts are cut into as many equal runs and are candidates of each other only within a run
+    (M2-Encoder: Guo et al. 2024, arXiv:2401.15896): the sums above and the valid candidates are those of the own group,
+    while a mean goes over the contributing rows of all groups. So the loss is the mean of the groups' losses, each
+    weighted, in each direction, by its number of contributing rows. Images and texts of a pair must be in one group.
+    Raises ConfigError when shapes do not fit each other, the groups or the mesh.
     """
     rows, cols, targets = _rows_and_cols(image, text, targets, image_valid, text_valid)
     image_weights, text_weights = _weights(pair_weights, len(image), len(text))
     (image_terms, image_counts), (text_terms, text_counts) = _cross_entropies(
-        targets.block, float(label_smoothing), mesh, chunk_size, jnp.asarray(scale, jnp.float32), rows, cols
+        targets.block,
+        float(label_smoothing),
+        mesh,
+        chunk_size,
+        groups,
+        jnp.asarray(scale, jnp.float32),
+        rows,
+        cols,
     )
     to_text, to_image = direction_weights
     return to_text * _mean(image_terms * image_weights, image_counts) + to_image * _mean(
@@ -97,6 +110,7 @@ def sigmoid_loss(
     pair_weights: PairWeights | None = None,
     mesh: Mesh | None = None,
     chunk_size: int | None = None,
+    groups: int = 1,
 ) -> Float[Array, ""]:
     """Binary cross-entropy of every image-text pair (SigLIP, Zhai et al. 2023, eq. 1).
 
@@ -106,7 +120,9 @@ def sigmoid_loss(
 
     over the pairs of a valid image and a valid text: for t = 1 on the diagonal and 0 elsewhere, the paper's loss.
     `pair_weights` are as in `softmax_loss` and w_ij = (w_i + w_j) / 2, the mean of the image's and the text's.
-    No valid image: 0. Everything else (`scale`, invalid rows, types, mesh, errors) is as in `softmax_loss`.
+    No valid image: 0. With `groups`, the sum goes over the pairs within a group: the loss is the mean of the groups'
+    losses, each weighted by its number of valid images.
+    Everything else (`scale`, invalid rows, types, mesh, errors) is as in `softmax_loss`.
     Differentiable in image, text, scale, bias and pair_weights.
     """
     rows, cols, targets = _rows_and_cols(image, text, targets, image_valid, text_valid)
@@ -115,6 +131,7 @@ def sigmoid_loss(
         targets.block,
         mesh,
         chunk_size,
+        groups,
         jnp.asarray(scale, jnp.float32),
         jnp.asarray(bias, jnp.float32),
         rows,
@@ -185,7 +202,7 @@ def _matmul(subscripts, a, b):
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32, precision="highest")
 
 
-def _gradients(logit_gradient, rows, cols, scale, bias, mesh, chunk_size):
+def _gradients(logit_gradient, rows, cols, scale, bias, mesh, chunk_size, groups):
     """d loss / d (scale, bias, rows, cols), given `logit_gradient(rows, cols, shared)` -> d loss / d logits [r, c]."""
 
     def block(rows, cols, row_state, col_state, shared):
@@ -208,6 +225,7 @@ def _gradients(logit_gradient, rows, cols, scale, bias, mesh, chunk_size):
         shared={"scale": scale, "bias": bias},
         mesh=mesh,
         chunk_size=chunk_size,
+        groups=groups,
     )
     d_image, d_bias = row_state["features"], jnp.sum(row_state["bias"])
     d_scale = jnp.sum(image.astype(jnp.float32) * d_image)
@@ -272,13 +290,14 @@ class _SoftmaxSums(NamedTuple):
         }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _cross_entropies(target_block, label_smoothing, mesh, chunk_size, scale, rows, cols):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _cross_entropies(target_block, label_smoothing, mesh, chunk_size, groups, scale, rows, cols):
     """((l_i [n], contributes [n]), (l_j [m], contributes [m])) of `softmax_loss`."""
-    return _cross_entropies_forward(target_block, label_smoothing, mesh, chunk_size, scale, rows, cols)[0]
+    options = target_block, label_smoothing, mesh, chunk_size, groups
+    return _cross_entropies_forward(*options, scale, rows, cols)[0]
 
 
-def _cross_entropies_forward(target_block, label_smoothing, mesh, chunk_size, scale, rows, cols):
+def _cross_entropies_forward(target_block, label_smoothing, mesh, chunk_size, groups, scale, rows, cols):
     def block(rows, cols, row_sums, col_sums, shared):
         pairs = _pairs(target_block, rows, cols, shared)
         return row_sums.add(*pairs, axis=1), col_sums.add(*pairs, axis=0)
@@ -292,12 +311,13 @@ def _cross_entropies_forward(target_block, label_smoothing, mesh, chunk_size, sc
         shared={"scale": scale, "bias": jnp.zeros(())},
         mesh=mesh,
         chunk_size=chunk_size,
+        groups=groups,
     )
     output = tuple((sums.cross_entropy(label_smoothing), sums.contributes()) for sums in (row_sums, col_sums))
     return output, (scale, rows, cols, row_sums, col_sums)
 
 
-def _cross_entropies_backward(target_block, label_smoothing, mesh, chunk_size, saved, cotangents):
+def _cross_entropies_backward(target_block, label_smoothing, mesh, chunk_size, groups, saved, cotangents):
     scale, rows, cols, row_sums, col_sums = saved
     (row_cotangent, _), (col_cotangent, _) = cotangents
 
@@ -315,7 +335,7 @@ def _cross_entropies_backward(target_block, label_smoothing, mesh, chunk_size, s
     rows = {**rows, "sums": row_sums.backward(row_cotangent, label_smoothing)}
     cols = {**cols, "sums": col_sums.backward(col_cotangent, label_smoothing)}
     d_scale, _, d_rows, d_cols = _gradients(
-        logit_gradient, rows, cols, scale, jnp.zeros(()), mesh, chunk_size
+        logit_gradient, rows, cols, scale, jnp.zeros(()), mesh, chunk_size, groups
     )
     return d_scale, d_rows, d_cols
 
@@ -326,8 +346,8 @@ _cross_entropies.defvjp(_cross_entropies_forward, _cross_entropies_backward)
 # --- Sigmoid ----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _binary_cross_entropies(target_block, mesh, chunk_size, scale, bias, rows, cols):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _binary_cross_entropies(target_block, mesh, chunk_size, groups, scale, bias, rows, cols):
     """The binary cross-entropies of `sigmoid_loss` summed for every image [n] and for every text [m]."""
 
     def block(rows, cols, row_sum, col_sum, shared):
@@ -346,14 +366,15 @@ def _binary_cross_entropies(target_block, mesh, chunk_size, scale, bias, rows, c
         shared={"scale": scale, "bias": bias},
         mesh=mesh,
         chunk_size=chunk_size,
+        groups=groups,
     )
 
 
-def _binary_cross_entropies_forward(target_block, mesh, chunk_size, *operands):
-    return _binary_cross_entropies(target_block, mesh, chunk_size, *operands), operands
+def _binary_cross_entropies_forward(target_block, mesh, chunk_size, groups, *operands):
+    return _binary_cross_entropies(target_block, mesh, chunk_size, groups, *operands), operands
 
 
-def _binary_cross_entropies_backward(target_block, mesh, chunk_size, operands, cotangents):
+def _binary_cross_entropies_backward(target_block, mesh, chunk_size, groups, operands, cotangents):
     scale, bias, rows, cols = operands
 
     def logit_gradient(rows, cols, shared):
@@ -362,7 +383,7 @@ def _binary_cross_entropies_backward(target_block, mesh, chunk_size, operands, c
         return jnp.where(valid, weight * (jax.nn.sigmoid(logits) - target), 0.0)
 
     rows, cols = {**rows, "cotangent": cotangents[0]}, {**cols, "cotangent": cotangents[1]}
-    return _gradients(logit_gradient, rows, cols, scale, bias, mesh, chunk_size)
+    return _gradients(logit_gradient, rows, cols, scale, bias, mesh, chunk_size, groups)
 
 
 _binary_cross_entropies.defvjp(_binary_cross_entropies_forward, _binary_cross_entropies_backward)
@@ -382,11 +403,13 @@ def naive_softmax_loss(
     image_valid: Bool[Array, " n"] | None = None,
     text_valid: Bool[Array, " m"] | None = None,
     pair_weights: PairWeights | None = None,
+    groups: int = 1,
 ) -> Float[Array, ""]:
     """`softmax_loss` by the whole [n, m] matrix and plain autodiff."""
     rows, cols, targets = _rows_and_cols(image, text, targets, image_valid, text_valid)
     weights = _weights(pair_weights, len(image), len(text))
     logits, valid, target = _pairs(targets.block, rows, cols, {"scale": scale, "bias": 0.0})
+    valid, target = _within_groups(valid, target, groups)
 
     def direction(logits, valid, target, weights):
         contributes = target.sum(1) > 0
@@ -411,11 +434,20 @@ def naive_sigmoid_loss(
     image_valid: Bool[Array, " n"] | None = None,
     text_valid: Bool[Array, " m"] | None = None,
     pair_weights: PairWeights | None = None,
+    groups: int = 1,
 ) -> Float[Array, ""]:
     """`sigmoid_loss` by the whole [n, m] matrix and plain autodiff."""
     rows, cols, targets = _rows_and_cols(image, text, targets, image_valid, text_valid)
     image_weights, text_weights = _weights(pair_weights, len(image), len(text))
     logits, valid, target = _pairs(targets.block, rows, cols, {"scale": scale, "bias": bias})
+    valid, target = _within_groups(valid, target, groups)
     entropy = -(target * jax.nn.log_sigmoid(logits) + (1 - target) * jax.nn.log_sigmoid(-logits))
     entropy = entropy * (image_weights[:, None] + text_weights[None, :]) / 2
     return jnp.sum(jnp.where(valid, entropy, 0.0)) / jnp.maximum(jnp.sum(rows["valid"]), 1)
+
+
+def _within_groups(valid, target, groups: int):
+    """Validity and target weights of the pairs whose image and text are in one group."""
+    image_group, text_group = (jnp.arange(size) // (size // groups) for size in valid.shape)
+    valid &= image_group[:, None] == text_group[None, :]
+    return valid, jnp.where(valid, target, 0.0)

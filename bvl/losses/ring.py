@@ -7,7 +7,8 @@ with what has been summed for them so far, go round the ring and are home again 
     turn 0:  device d sees its own columns, chunk by chunk
     turn 1:  device d sees the columns of device d - 1, ...
 
-so that no device holds more than [its rows, chunk_size] pairs. The loop itself is not meant to be
+so that no device holds more than [its rows, chunk_size] pairs. In groups, the ring closes within each group of
+devices, after fewer turns. The loop itself is not meant to be
 differentiated (that would save every block): a loss wraps it in `jax.custom_vjp` and runs a second loop,
 which recomputes the blocks, for the backward pass. The `custom_vjp` stands outside of the `shard_map` here,
 so that no cotangent ever crosses the border of a `shard_map`, where replicated ones can be scaled wrongly.
@@ -48,6 +49,7 @@ def blocked_loop(
     shared: PyTree = (),
     mesh: Mesh | None = None,
     chunk_size: int | None = None,
+    groups: int = 1,
 ) -> tuple[RowState, ColState]:
     """Apply `block` once to every block of rows x columns and return what it has accumulated for both.
 
@@ -57,15 +59,37 @@ def blocked_loop(
     new states. Blocks come in no order to rely on. `chunk_size` need not divide anything: what is left over
     is one narrower block.
 
+    groups: rows and columns are cut into as many equal runs, and a run of rows meets only the columns of its own.
+    They are runs of the global arrays, so that the result is the same for any number of devices.
+
     With a mesh the leading axes are split over `BATCH_AXES`, and so are the results. Raises ConfigError if
-    they cannot be split evenly, or if chunk_size < 1.
+    they cannot be split evenly, over devices or groups, or if chunk_size < 1.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ConfigError(f"chunk_size={chunk_size}: give at least 1, or None for the default")
     shards = 1 if mesh is None else num_batch_shards(mesh)
+    sizes = (("rows", _length(rows)), ("columns", _length(cols)))
+    check_groups(groups, shards, dict(sizes))
+    # Groups that share a device, and devices that share a group; one of both is 1.
+    on_device, devices = max(groups // shards, 1), max(shards // groups, 1)
+
+    def at_hand(rows, cols, row_state, col_state, shared):
+        """All pairs of the same group on this device."""
+        if on_device == 1:
+            return _all_chunks(block, rows, cols, row_state, col_state, shared, chunk_size)
+
+        def one(parts):
+            return _all_chunks(block, *parts, shared, chunk_size)
+
+        def split(x):
+            return x.reshape(on_device, -1, *x.shape[1:])
+
+        states = jax.lax.map(one, jax.tree.map(split, (rows, cols, row_state, col_state)))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
+
     if shards == 1:
-        return _all_chunks(block, rows, cols, row_state, col_state, shared, chunk_size)
-    for name, size in (("rows", _length(rows)), ("columns", _length(cols))):
+        return at_hand(rows, cols, row_state, col_state, shared)
+    for name, size in sizes:
         if size % shards:
             raise ConfigError(
                 f"{size} {name} cannot be split over {shards} batch shards (mesh data x fsdp); "
@@ -73,14 +97,17 @@ def blocked_loop(
             )
 
     def ring(rows, cols, row_state, col_state, shared):
+        if devices == 1:
+            return at_hand(rows, cols, row_state, col_state, shared)
+
         def turn(_, carry):
             cols, row_state, col_state = carry
             # The columns do not wait for the block: their transfer can overlap with the computation.
-            next_cols = _to_next_device(cols, shards)
-            row_state, col_state = _all_chunks(block, rows, cols, row_state, col_state, shared, chunk_size)
-            return next_cols, row_state, _to_next_device(col_state, shards)
+            next_cols = _to_next_device(cols, shards, devices)
+            row_state, col_state = at_hand(rows, cols, row_state, col_state, shared)
+            return next_cols, row_state, _to_next_device(col_state, shards, devices)
 
-        _, row_state, col_state = jax.lax.fori_loop(0, shards, turn, (cols, row_state, col_state))
+        _, row_state, col_state = jax.lax.fori_loop(0, devices, turn, (cols, row_state, col_state))
         return row_state, col_state
 
     split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
@@ -90,12 +117,31 @@ def blocked_loop(
     return mapped(rows, cols, row_state, col_state, shared)
 
 
+def check_groups(groups: int, shards: int, sizes: dict[str, int]) -> None:
+    """Raise ConfigError unless the devices and the rows can be put into `groups` equal groups.
+
+    sizes: what there is of rows -> how many.
+    """
+    if groups == 1:
+        return
+    if groups < 1 or (shards % groups and groups % shards):
+        divisors = [d for d in range(1, shards + 1) if shards % d == 0]
+        raise ConfigError(
+            f"groups={groups} does not fit {shards} batch shard(s) (mesh data x fsdp): each group takes as many, or each "
+            f"shard holds as many groups; use one of {divisors}, or a multiple of {shards}"
+        )
+    for name, size in sizes.items():
+        if size % groups:
+            raise ConfigError(f"{size} {name} cannot be split into groups={groups} of equal size")
+
+
 def _length(tree: PyTree) -> int:
     return jax.tree.leaves(tree)[0].shape[0]
 
 
-def _to_next_device(tree: PyTree, shards: int) -> PyTree:
-    permutation = [(device, (device + 1) % shards) for device in range(shards)]
+def _to_next_device(tree: PyTree, shards: int, ring: int) -> PyTree:
+    """From each device to the next one of its ring; `ring` devices in a row make one."""
+    permutation = [(device, device // ring * ring + (device + 1) % ring) for device in range(shards)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, BATCH_AXES, permutation), tree)
 
 

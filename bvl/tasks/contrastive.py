@@ -15,7 +15,8 @@ from bvl.config import Config
 from bvl.data.long_texts import LongTexts, split_to_context
 from bvl.errors import ConfigError
 from bvl.losses.contrastive import sigmoid_loss, softmax_loss
-from bvl.losses.targets import diagonal, label_similarity, same_labels, same_text
+from bvl.losses.groups import draw_groups, into_groups
+from bvl.losses.targets import Targets, diagonal, label_similarity, same_labels, same_text
 from bvl.runs import Components
 from bvl.tasks.base import Context, LossOutput, Task, View
 
@@ -32,6 +33,11 @@ class Contrastive(Task):
     "same_text" matters to the sigmoid loss; the softmax loss it changes only where equal texts are embedded
     differently, as under dropout, since equal logits share a target without cost.
     chunk_size: columns of logits held at once, None = chosen by size.
+    groups: the batch is divided at random into as many groups, anew at every step, and only images and texts of one
+    group are compared (grouped aggregation, M2-Encoder: Guo et al. 2024, arXiv:2401.15896); the loss is the mean over
+    groups, weighted by their numbers of pairs, and 1 compares all. Groups are drawn from rows of the whole batch, so
+    that another number of devices changes nothing. Of n devices, each passes its texts on to n / groups devices instead
+    of n, and first sends every row to the row's group, once; with as many groups as devices, nothing else is sent.
     """
 
     loss_type: Literal["softmax", "sigmoid"] = "softmax"
@@ -42,8 +48,11 @@ class Contrastive(Task):
     label_smoothing: float = 0.0
     direction_weights: tuple[float, float] = (0.5, 0.5)
     chunk_size: int | None = None
+    groups: int = 1
 
     def __post_init__(self):
+        if self.groups < 1:
+            raise ConfigError(f"groups={self.groups}: must be at least 1")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
         if self.loss_type == "sigmoid" and (self.label_smoothing or self.direction_weights != (0.5, 0.5)):
@@ -85,12 +94,21 @@ class Contrastive(Task):
         # A pair counts only where both halves are there.
         text_valid = (batch["text_valid"] & batch["image_valid"][:, None]).reshape(-1)
         image_valid = batch["image_valid"] & batch["text_valid"].any(1)
+        targets = self._targets(batch)
+        rows, cols = (image, image_valid, targets.rows), (text, text_valid, targets.cols)
+        if self.groups > 1:
+            order = draw_groups(ctx.rng, len(image), self.groups)
+            rows = into_groups(rows, order, mesh=ctx.mesh)
+            cols = into_groups(cols, order, mesh=ctx.mesh, each=batch["text_valid"].shape[1])
+        image, image_valid, of_images = rows
+        text, text_valid, of_texts = cols
         options: dict[str, Any] = dict(
-            targets=self._targets(batch),
+            targets=dataclasses.replace(targets, rows=of_images, cols=of_texts),
             image_valid=image_valid,
             text_valid=text_valid,
             mesh=ctx.mesh,
             chunk_size=self.chunk_size,
+            groups=self.groups,
         )
         if self.loss_type == "softmax":
             loss = softmax_loss(
@@ -110,9 +128,9 @@ class Contrastive(Task):
             metrics["bias"] = (ctx.bias, one)
         return LossOutput(loss, metrics)
 
-    def _targets(self, batch: dict[str, jax.Array]):
+    def _targets(self, batch: dict[str, jax.Array]) -> Targets:
         if self.targets == "diagonal":
-            return diagonal
+            return diagonal(len(batch["text_valid"]), batch["text_valid"].size)
         if self.targets == "same_text":
             return same_text(batch["text_id"], batch["text_id"].reshape(-1))
         # A record without labels is unknown, which is not the same as free of findings.

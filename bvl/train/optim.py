@@ -51,7 +51,9 @@ class OptimConfig:
     state.
     lora: train low-rank factors of some kernels in place of the parameters (bvl/train/lora.py); patterns that match
     a kernel count for its factors.
-    accumulate: microbatches a step; gradients are those of the whole batch, except that batch norms see a microbatch.
+    accumulate: microbatches a step. The gradients are those of the whole batch for every task, except that batch norms
+    see a microbatch: tasks that compare rows with each other, as contrastive ones do, have each microbatch encoded twice
+    and keep only what they compare (`_accumulated` in bvl/train/step.py).
     ema_decay: 0 keeps no moving average; else the average starts fast, with decay min(ema_decay, (1 + t) / (10 + t)).
     "contrib.schedule_free_adamw" and "contrib.schedule_free_sgd" keep an average of their own, which is evaluated
     and stored as the moving average is (Defazio et al. 2024, arXiv:2405.15682); batch norms keep the statistics of

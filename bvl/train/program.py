@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.struct
@@ -98,11 +98,11 @@ class Program:
             guard=None if self.guard is None else self.guard.init(),
         )
 
-    def views(self) -> dict[str, dict[str, View]]:
-        """encoder -> input -> the view with the union of the tasks' needs."""
+    def views(self, tasks: Collection[str] | None = None) -> dict[str, dict[str, View]]:
+        """encoder -> input -> the view with the union of the needs of these tasks, by default of all."""
         union: dict[str, dict[str, View]] = {}
-        for task in self.tasks.values():
-            for view in task.views():
+        for name in self.tasks if tasks is None else tasks:
+            for view in self.tasks[name].views():
                 if view.encoder != "model" and view.encoder not in self.frozen:
                     raise ConfigError(
                         f"a task reads the frozen encoder {view.encoder!r}: name it in the config's frozen"
@@ -173,35 +173,27 @@ class Program:
         together = {key: [s[key] for s in statistics if key in s] for found in statistics for key in found}
         return out, {key: sum(values) / len(values) for key, values in together.items()}
 
-    def loss(
+    def features(
         self,
         params: Any,
-        extra: dict[str, Any],
         frozen_params: dict[str, Any],
         batch: dict[str, jax.Array],
         rng: jax.Array,
-        step: jax.Array,
         *,
         trains: Callable[[str], bool] = lambda name: True,
-        shares: dict[str, jax.Array] | None = None,
-        part: int | jax.Array = 0,
-    ) -> tuple[jax.Array, tuple[Any, dict[str, Any], Statistics]]:
-        """(weighted sum of the tasks' losses, (metrics, new extra, statistics)) of a prepared batch.
-
-        trains: which parameters are; a tower that has none is encoded as in evaluation.
-        shares: task -> factor of its loss, and `part` the microbatch's number, where the batch is one of several.
-        """
-        keys = self.row_keys(batch, rng)
-        learned = [name.removeprefix(LORA) for name in named_leaves(params) if trains(name)]
-        trained = {
-            kind: keys
-            for kind in ("image", "text", "decoder")
-            if any(name.startswith(f"model/{kind}/") for name in learned)
-        }
-        params = self.merge(params)
-        views = self.views()
+        tasks: Collection[str] | None = None,
+    ) -> tuple[dict[str, Features], dict[str, dict[str, Features]], Statistics]:
+        """What the losses of these tasks (by default of all) read of a prepared batch: (input -> features, frozen encoder
+        -> input -> features without gradient, statistics). Options as in `loss`."""
+        trained = self._keys_of_trained(params, self.row_keys(batch, rng), trains)
+        views = self.views(tasks)
         features, statistics = self.encode(
-            self.model, self.preprocess, params["model"], batch, views.get("model", {}), keys=trained
+            self.model,
+            self.preprocess,
+            self.merge(params)["model"],
+            batch,
+            views.get("model", {}),
+            keys=trained,
         )
         frozen = {
             name: jax.lax.stop_gradient(
@@ -210,13 +202,36 @@ class Program:
             for name, wanted in views.items()
             if name != "model"
         }
-        if "text" not in params["model"] and "decoder" in trained:
-            # The decoder's first half is the text tower.
-            trained["text"] = keys
+        return features, frozen, statistics
+
+    def losses(
+        self,
+        params: Any,
+        extra: dict[str, Any],
+        features: dict[str, Features],
+        frozen: dict[str, dict[str, Features]],
+        batch: dict[str, jax.Array],
+        rng: jax.Array,
+        step: jax.Array,
+        *,
+        trains: Callable[[str], bool] = lambda name: True,
+        tasks: Collection[str] | None = None,
+        shares: dict[str, jax.Array] | None = None,
+        part: int | jax.Array = 0,
+    ) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
+        """(weighted sum of the losses of these tasks, by default of all, (metrics, new extra)) of the batch's `features`.
+
+        The parameters count where a loss reads them directly: heads, scale and bias, a decoder.
+        shares: task -> factor of its loss, and `part` the microbatch's number, where the batch is one of several.
+        """
+        keys = self.row_keys(batch, rng)
+        decoder_keys = self._keys_of_trained(params, keys, trains).get("decoder")
+        params = self.merge(params)
         apply = functools.partial(self.model.apply, {"params": params["model"]})
         scale, bias = apply(method="logit_scale_and_bias")
         total, metrics, new_extra = jnp.zeros(()), {}, {}
-        for name, task in self.tasks.items():
+        for name in self.tasks if tasks is None else tasks:
+            task = self.tasks[name]
             heads = {
                 head_name: functools.partial(head.module.apply, {"params": params["heads"][name][head_name]})
                 for head_name, head in task.heads(self.info).items()
@@ -235,7 +250,7 @@ class Program:
                     extra=extra[name],
                     rng=jax.random.fold_in(jax.random.fold_in(rng, number), part),
                     keys=fold(keys, number),
-                    decoder_keys=fold(trained.get("decoder"), number),
+                    decoder_keys=fold(decoder_keys, number),
                     step=step,
                     mesh=self.mesh,
                     info=self.info,
@@ -247,7 +262,43 @@ class Program:
                 key: jnp.stack(jnp.broadcast_arrays(*map(jnp.float32, pair)))
                 for key, pair in output.metrics.items()
             }
+        return total, (metrics, new_extra)
+
+    def loss(
+        self,
+        params: Any,
+        extra: dict[str, Any],
+        frozen_params: dict[str, Any],
+        batch: dict[str, jax.Array],
+        rng: jax.Array,
+        step: jax.Array,
+        *,
+        trains: Callable[[str], bool] = lambda name: True,
+    ) -> tuple[jax.Array, tuple[Any, dict[str, Any], Statistics]]:
+        """(weighted sum of the tasks' losses, (metrics, new extra, statistics)) of a prepared batch.
+
+        trains: which parameters are; a tower that has none is encoded as in evaluation.
+        """
+        features, frozen, statistics = self.features(params, frozen_params, batch, rng, trains=trains)
+        total, (metrics, new_extra) = self.losses(
+            params, extra, features, frozen, batch, rng, step, trains=trains
+        )
         return total, (metrics, new_extra, statistics)
+
+    def _keys_of_trained(
+        self, params: Any, keys: RowKeys, trains: Callable[[str], bool]
+    ) -> dict[str, RowKeys]:
+        """kind -> keys of the rows, for the towers (and the decoder) that have parameters which are trained."""
+        learned = [name.removeprefix(LORA) for name in named_leaves(params) if trains(name)]
+        trained = {
+            kind: keys
+            for kind in ("image", "text", "decoder")
+            if any(name.startswith(f"model/{kind}/") for name in learned)
+        }
+        if "text" not in params["model"] and "decoder" in trained:
+            # The decoder's first half is the text tower.
+            trained["text"] = keys
+        return trained
 
 
 def _number(name: str) -> int:

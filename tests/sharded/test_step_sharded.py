@@ -20,6 +20,7 @@ from test_step import (
 
 from bvl.errors import ConfigError
 from bvl.mesh import MeshConfig, make_mesh, to_global
+from bvl.tasks.contrastive import Contrastive
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -62,8 +63,10 @@ def test_a_step_on_eight_devices(shape, expected):
 
 
 def microbatched_step(mesh):
-    """(metrics, gradient, compiled program's text) of a step in two microbatches, with dropout and a frozen tower."""
-    program = make_program({"labels": TASKS["labels"]}, mesh=mesh, image={"dropout": 0.3})
+    """(metrics, gradient, compiled program's text) of a step in two microbatches, with dropout, a frozen tower and a task
+    that compares rows, in groups that are drawn from the whole batch."""
+    tasks = {"labels": TASKS["labels"], "pairs": Contrastive(groups=2)}
+    program = make_program(tasks, mesh=mesh, image={"dropout": 0.3})
     optim = dataclasses.replace(SGD, lr=LARGE, accumulate=2, freeze=("^model/text/",))
     state, step, _ = build(program, optim=optim)
     batch = to_global(data()[1][0], mesh)
