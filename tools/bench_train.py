@@ -21,7 +21,6 @@ must be JSON with `all_s` (seconds of every step), `params` and `threads`.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import statistics
@@ -31,48 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-IMAGE_SIZE = 224
-
-CLIP_IMAGE = dict(pool="cls", pre_norm=True, patch_bias=False)
-# open_clip's name: options of the model, vocabulary and context as in open_clip's model of that name.
-MODELS: dict[str, dict[str, Any]] = {
-    "ViT-B-32": dict(
-        image=dict(variant="B/32", **CLIP_IMAGE), text=dict(width=512, depth=12, num_heads=8), embed_dim=512
-    ),
-    "ViT-B-16": dict(
-        image=dict(variant="B/16", **CLIP_IMAGE), text=dict(width=512, depth=12, num_heads=8), embed_dim=512
-    ),
-    "ViT-S-32": dict(
-        image=dict(variant="S/32", **CLIP_IMAGE), text=dict(width=384, depth=12, num_heads=6), embed_dim=384
-    ),
-    "RN50": dict(
-        image=dict(variant="RN50"),
-        text=dict(width=512, depth=12, num_heads=8),
-        embed_dim=1024,
-        image_projection="linear_bias",
-    ),
-    "ViT-B-16-SigLIP": dict(
-        image=dict(variant="B/16", pool="map", norm_epsilon=1e-6),
-        text=dict(
-            width=768,
-            depth=12,
-            num_heads=12,
-            causal=False,
-            pool="last",
-            attend_padding=True,
-            norm_epsilon=1e-6,
-        ),
-        embed_dim=768,
-        image_projection="none",
-        text_projection="linear_bias",
-        init_bias=-10.0,
-    ),
-}
-
-
-def vocabulary(name: str) -> tuple[int, int]:
-    """(vocabulary size, context length) of a model."""
-    return (32000, 64) if "SigLIP" in name else (49408, 77)
+from clip_step import MODELS, make_clip_step
 
 
 def measure_bvl(name: str, batch_size: int, steps: int) -> dict[str, Any]:
@@ -80,59 +38,13 @@ def measure_bvl(name: str, batch_size: int, steps: int) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from bvl.data.transforms import Preprocess
-    from bvl.mesh import init_sharded, make_mesh, to_global, unbox
-    from bvl.models.resnet import ResNetConfig
-    from bvl.models.text import TextConfig
-    from bvl.models.vit import ViTConfig
-    from bvl.models.vlm import DualEncoder, DualEncoderConfig
-    from bvl.tasks.base import ModelInfo
-    from bvl.tasks.contrastive import Contrastive
     from bvl.train.environment import enable_compilation_cache, keep_freed_memory
-    from bvl.train.optim import OptimConfig, make_optimizer
-    from bvl.train.program import Program
-    from bvl.train.step import make_train_step
 
     # Both as `bvl train` does, before anything is computed.
     keep_freed_memory()
     enable_compilation_cache()
-    options = dict(MODELS[name])
-    make_image = ResNetConfig if name.startswith("RN") else ViTConfig
-    config = DualEncoderConfig(
-        image=make_image(**options.pop("image")), text=TextConfig(**options.pop("text")), **options
-    )
-    mesh = make_mesh()
-    vocab_size, context_length = vocabulary(name)
-    end_id = vocab_size - 1
-    program = Program(
-        model=DualEncoder(config, (IMAGE_SIZE, IMAGE_SIZE), vocab_size, context_length, end_id),
-        preprocess=Preprocess(image_size=IMAGE_SIZE),
-        tasks={"contrastive": Contrastive(targets="diagonal")},
-        info=ModelInfo(config.image.output_width, config.text.width, config.embed_dim, ()),
-        mesh=mesh,
-        seed=0,
-        ema_decay=0.0,
-        frozen={},
-    )
-    optim = OptimConfig(lr=1e-4, weight_decay=0.1, schedule="constant", warmup_steps=0, clip_norm=None)
-    key = jax.random.key(0)
-    optimizer = make_optimizer(optim, steps + 1, unbox(jax.eval_shape(program.init_params, key)))
-    state, shardings = init_sharded(functools.partial(program.init_state, optimizer=optimizer), mesh, key)
-    step = make_train_step(program, optimizer, shardings)
-
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, end_id - 1, (batch_size, 1, context_length), np.int32)
-    tokens[:, :, -1] = end_id
-    batch = to_global(
-        {
-            "image": rng.integers(0, 256, (batch_size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
-            "image_valid": np.ones(batch_size, bool),
-            "text": tokens,
-            "text_mask": np.ones(tokens.shape, bool),
-            "text_valid": np.ones((batch_size, 1), bool),
-        },
-        mesh,
-    )
+    made = make_clip_step(name, batch_size)
+    state, step, batch = made.state, made.step, made.batch
     seconds = []
     for _ in range(1 + steps):
         start = time.perf_counter()
