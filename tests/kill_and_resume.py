@@ -1,4 +1,4 @@
-"""A training run of real processes: started, killed with SIGKILL, started again; shared by a test and a tool."""
+"""A training run of real processes: started, ended by a signal, started again; shared by tests and a tool."""
 
 import os
 import signal
@@ -104,8 +104,8 @@ class Runner:
             time.sleep(0.001)
         raise TimeoutError(f"the run did not get there:\n{self.log()[-2000:]}")
 
-    def kill_when(self, workdir: str, condition, *, delay: float = 0.0) -> bool:
-        """Start the run and, once it trains, send SIGKILL `delay` seconds after condition() holds.
+    def kill_when(self, workdir: str, condition, *, delay: float = 0.0, number: int = signal.SIGKILL) -> bool:
+        """Start the run and, once it trains, send the signal `delay` seconds after condition() holds.
 
         False if it was complete before.
         """
@@ -117,28 +117,31 @@ class Runner:
                 return False
             if not self.wait_for(condition, process):
                 return False
-            return self.wait_or_kill(process, delay)
+            return self.wait_or_kill(process, delay, number)
         finally:
             process.kill()
             process.wait()
 
-    def kill_after(self, workdir: str, seconds: float) -> bool:
-        """Start the run and send SIGKILL after a time, wherever it is then; False if it was complete before."""
+    def kill_after(self, workdir: str, seconds: float, number: int = signal.SIGKILL) -> bool:
+        """Start the run and send the signal after a time, wherever it is then; False if it was complete before."""
         process = self.popen(*self.train(workdir))
         try:
-            return self.wait_or_kill(process, seconds)
+            return self.wait_or_kill(process, seconds, number)
         finally:
             process.kill()
             process.wait()
 
-    def wait_or_kill(self, process: subprocess.Popen, seconds: float) -> bool:
-        """Was the process still there after `seconds`, so that it had to be killed?"""
+    def wait_or_kill(self, process: subprocess.Popen, seconds: float, number: int = signal.SIGKILL) -> bool:
+        """Was the process still there after `seconds`, so that the signal ended it?"""
         try:
             process.wait(seconds)
             return False
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            return process.wait(30) == -signal.SIGKILL
+            process.send_signal(number)
+            code = process.wait(120)
+            # 0: it was at its very end.
+            assert code in (0, -number, 143 if number != signal.SIGKILL else -number), self.log()[-2000:]
+            return code != 0
 
     def starts(self) -> int:
         """How often training got to its first step, so far."""

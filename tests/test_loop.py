@@ -223,12 +223,14 @@ def test_bad_steps_are_skipped(tmp_path, caplog):
 
 def test_a_guard_that_is_switched_on_later(first_run, tmp_path):
     """What there is no saved state of begins anew, and another start may do without."""
-    run = shutil.copytree(first_run, tmp_path / "run")
-    longer = tiny_config(run, steps=8, survive=SurviveConfig(spike_factor=10.0))
-    assert train(longer, force=True) == 0
-    assert int(saved_items(run)["guard"]["good"]) == 2
-    assert train(dataclasses.replace(longer, steps=10, survive=SurviveConfig()), force=True) == 0
-    assert "guard" not in saved_items(run)
+    without = tiny_config(tmp_path / "run")
+    guarded = dataclasses.replace(without, survive=SurviveConfig(spike_factor=10.0))
+    for config, step in ((without, 2), (guarded, 4)):
+        with stopped_at(step):
+            assert train(config) == 130
+    assert int(saved_items(tmp_path / "run")["guard"]["good"]) == 2
+    assert train(without) == 0
+    assert_same_runs(tmp_path / "run", first_run)
 
 
 class stopped_at:

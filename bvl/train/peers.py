@@ -37,7 +37,7 @@ class Peers:
     def __init__(self, timeout_s: float):
         self._timeout, self._limit = timeout_s, timeout_s
         self._beat = min(BEAT_S, timeout_s / 10)
-        self._closed = threading.Event()
+        self._closed, self._ending = threading.Event(), threading.Lock()
         self._others = hosts.count() > 1
         if not self._others:
             return
@@ -116,6 +116,8 @@ class Peers:
                     self._end(what)
 
     def _end(self, what: str) -> None:
+        if not self._ending.acquire(blocking=False):
+            return
         logger.error(
             "%s; %s stops too. The same command goes on from the last checkpoint", what, hosts.describe()
         )
