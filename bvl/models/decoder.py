@@ -361,7 +361,7 @@ class Decoder(nn.Module):
         own, cross = [], []
         for i, block in enumerate(self.blocks):
             cross.append(None if visual is None else block.visual(visual))
-            x, heads = block(x, seen, positions, cross[-1], visual_mask, fold(keys, 1 + i))
+            x, heads = block(constrain_rows(x), seen, positions, cross[-1], visual_mask, fold(keys, 1 + i))
             own.append(heads)
         return self.norm(x[:, -tokens.shape[1] :]), own, cross
 

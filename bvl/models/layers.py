@@ -84,7 +84,7 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = self.param("kernel", dense_init(*self.names), (x.shape[-1], self.features))
         # As a product of two matrices: with more axes XLA on CPU copies the operands of the backward pass.
-        rows = constrain_rows(x.astype(self.dtype)).reshape(-1, x.shape[-1])
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
         y = product(rows, kernel.astype(self.dtype))
         if self.use_bias:
             y += self.param("bias", zeros_init(self.names[1]), (self.features,)).astype(self.dtype)
