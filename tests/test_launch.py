@@ -439,14 +439,19 @@ class TestLocal:
         assert capsys.readouterr().out == "I am 0 2\n"
         assert Path(job.logs, "host1.log").read_text() == "I am 1 2\n"
 
+    def test_ctrl_c_of_a_terminal_does_not_reach_the_processes_twice(self, tmp_path, capsys):
+        assert local.launch([script_job(tmp_path, "print(os.getpgid(0))")], local.Options()) == 0
+        assert int(capsys.readouterr().out) != os.getpgid(0)
+
     def test_failing_host_is_named_and_ends_the_others(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(local, "TIME_TO_FAIL", 0.2)
         monkeypatch.setattr(local, "TIME_TO_END", 0.2)
         # Host 0 hangs, and hears nothing.
-        text = "if host == '1': sys.exit('no such file')\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
+        text = "if host == '1': sys.exit('no such file')\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(20)\nprint('still here')"
         assert local.launch([script_job(tmp_path, text)], local.Options(hosts=2)) == 1
-        error = capsys.readouterr().err
+        out, error = capsys.readouterr()
         assert "host 1 of" in error and "exit code 1" in error and "no such file" in error
+        assert "still here" not in out
 
     def test_restarts(self, tmp_path, capsys):
         text = "seen = os.path.join({!r}, 'seen')\nopen(seen, 'a').write('x')\nsys.exit(143 if len(open(seen).read()) < 3 else 0)"
