@@ -113,7 +113,7 @@ def first_node(nodes: str) -> str:
 def initialise(*, timeout_s: float = 100.0) -> None:
     """Join the other processes, where the environment names any; call it before anything computes.
 
-    timeout_s: a host that gives no sign of life for so long counts as dead, and ends the others.
+    timeout_s: a host that gives no sign of life for so long counts as dead, and ends the others (bvl/train/peers.py).
     Raises ConfigError as `arguments` does, and UserError where the others do not come.
     """
     if jax.distributed.is_initialized():
@@ -121,8 +121,11 @@ def initialise(*, timeout_s: float = 100.0) -> None:
     found = arguments()
     if found is None:
         return
+    # It would take SIGTERM for itself.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**found, heartbeat_timeout_seconds=max(round(timeout_s), 1))
+        # JAX aborts the process without a name, so that it should be the second to notice.
+        jax.distributed.initialize(**found, heartbeat_timeout_seconds=round(2 * timeout_s) + 10)
     except Exception as error:
         where = found.get("coordinator_address", "the hosts that JAX found")
         raise UserError(f"the processes of this run did not find each other at {where}: {error}") from error

@@ -88,7 +88,7 @@ def _train(args: argparse.Namespace) -> int:
     from bvl import hosts
 
     # Before anything asks JAX for its devices.
-    hosts.initialise()
+    hosts.initialise(timeout_s=config.survive.host_timeout_s)
     from bvl.evals.table import print_captions, print_table, read_examples
     from bvl.runs import RunFolder
     from bvl.train.loop import BEFORE, train

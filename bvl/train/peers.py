@@ -2,13 +2,16 @@
 
 Every host counts up a number of its own in the key-value store of `jax.distributed`, which needs no device; the first
 host, where the store is, looks for numbers that stand still, and the others look at the first host's. JAX has
-heartbeats too, but what they print names nobody, and a collective that waits for a dead host never returns.
+heartbeats too, but what they print names nobody, and a collective that waits for a dead host never returns. Where the
+first host dies JAX aborts the others within a second; its abort is caught here, to say why and to end with code 1.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import threading
 import time
 from typing import Any
@@ -50,12 +53,16 @@ class Peers:
         self._threads = [threading.Thread(target=t, daemon=True) for t in (self._tell, self._judge)]
         for thread in self._threads:
             thread.start()
+        # Python's own handlers run in the main thread, which an abort never gets back to. Kept, as C does not keep it.
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
+        _handle_abort(self._handler)
 
     def close(self) -> None:
         """This host is done, and no longer watches."""
         if not self._others or self._closed.is_set():
             return
         self._closed.set()
+        _handle_abort(None)
         for thread in self._threads:
             # It may hang in the store of a host that is gone.
             thread.join(2 * self._beat)
@@ -115,6 +122,18 @@ class Peers:
                         self._client.key_value_set(f"{STOPPED}/{host}", what, True)
                     self._end(what)
 
+    def _aborted(self, _number: int) -> None:
+        now = time.monotonic()
+        silent = [host for host, (_, since) in self._seen.items() if now - since > 2 * self._beat]
+        names = ", ".join(self._names[host] for host in silent or list(self._seen)[:1])
+        # No logging: the main thread may hold its lock.
+        text = (
+            f"{names} has died, as far as {hosts.describe()} can tell, which was ended by JAX for it. The same command "
+            f"goes on from the last checkpoint\n"
+        )
+        os.write(2, text.encode())
+        os._exit(1)
+
     def _end(self, what: str) -> None:
         if not self._ending.acquire(blocking=False):
             return
@@ -126,6 +145,13 @@ class Peers:
             time.sleep(2 * self._beat)
         # The main thread may hang in a collective, where no exception reaches it.
         os._exit(1)
+
+
+def _handle_abort(handler: Any) -> None:
+    """Let C call `handler` on SIGABRT, in whatever thread; None: as it was."""
+    call = ctypes.CDLL(None).signal
+    call.restype = ctypes.c_void_p
+    call(int(signal.SIGABRT), handler if handler is not None else ctypes.c_void_p(0))
 
 
 def _quietly(call: Any) -> None:
