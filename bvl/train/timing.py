@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.monitoring
 
+from bvl import hosts
 from bvl.train.flops import count_flops
 
 # Lowering and XLA's own work; a program that the compilation cache gives counts with the time of reading it.
@@ -31,7 +32,12 @@ class CountedStep:
     def __call__(self, *args: Any) -> Any:
         if self.flops is None:
             # The call that follows finds this trace in JAX's cache.
-            self.flops = count_flops(self._step.trace(*args).jaxpr)
+            traced = self._step.trace(*args)
+            self.flops = count_flops(traced.jaxpr)
+            if hosts.count() > 1:
+                # Devices wait for each other for seconds only (gloo on CPU: 30), and one host may compile for longer.
+                self._step = traced.lower().compile()
+                hosts.barrier("the step is compiled")
         return self._step(*args)
 
 
