@@ -22,6 +22,7 @@ VERBS = [
     ["embed"],
     ["caption"],
     ["sweep-guidance"],
+    ["plan"],
     ["launch"],
     ["runs"],
     ["describe"],

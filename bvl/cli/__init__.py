@@ -11,6 +11,7 @@ from bvl.cli.convert import add_convert
 from bvl.cli.data import add_data
 from bvl.cli.images import add_images
 from bvl.cli.launch import add_launch
+from bvl.cli.plan import add_plan
 from bvl.cli.regions import add_regions
 from bvl.cli.runs import add_runs
 from bvl.errors import UserError
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     add_runs(verbs)
+    add_plan(verbs)
     add_launch(verbs)
     add_images(verbs)
     add_regions(verbs)

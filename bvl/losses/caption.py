@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from bvl.errors import ConfigError
 
 # Logits in one chunk by default: 2^22 are 16 MiB of f32. Below 1024 columns the products starve.
-_CHUNK_LOGITS = 2**22
+CHUNK_LOGITS = 2**22
 _MIN_CHUNK = 1024
 
 
@@ -77,7 +77,7 @@ def token_losses(
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing={label_smoothing}: must lie in [0, 1)")
     if chunk_size is None:
-        chunk_size = max(_CHUNK_LOGITS // max(len(hidden), 1), _MIN_CHUNK)
+        chunk_size = max(CHUNK_LOGITS // max(len(hidden), 1), _MIN_CHUNK)
     elif chunk_size < 1:
         raise ConfigError(f"chunk_size={chunk_size}: give at least 1, or None for the default")
     if chunk_size >= len(table):

@@ -10,20 +10,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from bvl.config import Config
+from bvl.config import Config, with_value
+from bvl.losses.caption import CHUNK_LOGITS
+from bvl.losses.ring import default_chunk_size
 from bvl.mesh import AXES, make_mesh, shardings_of, unbox
+from bvl.tasks.contrastive import Contrastive
 from bvl.train.abstract import AbstractData, abstract_batch, abstract_program
 from bvl.train.flops import count_flops
 from bvl.train.optim import Optimizer, make_optimizer
-from bvl.train.parameters import merge
+from bvl.train.parameters import merge, named_leaves
 from bvl.train.program import Program, TrainState
 from bvl.train.step import make_train_step
 
+# Parameters of a transformer's layers, which are gathered for the backward pass too.
+LAYER = re.compile(r"/(blocks|block_\d+|layer_\d+)/")
 TOWERS = ("image", "text", "decoder")
 # Two numbers of rows tell what grows with the rows from what does not.
 FEW_ROWS, MORE_ROWS = 16, 32
@@ -64,8 +71,17 @@ class Model:
     def with_config(self, config: Config) -> Model:
         """The same model for a config that differs in batch size, accumulation or mesh alone."""
         changed = dataclasses.replace(self, config=config)
-        changed.__dict__["kept"] = self.kept
+        changed.__dict__.update(kept=self.kept, plain=self.plain)
         return changed
+
+    @functools.cached_property
+    def plain(self) -> Kept:
+        """What would be kept if no layer were computed again."""
+        config = self.config
+        for name, tower in remat_towers(config.model).items():
+            if tower.remat != "none":
+                config = with_value(config, f"model.{name}.remat", "none")
+        return self.kept if config == self.config else Model.of(config, self.data).kept
 
     @functools.cached_property
     def trained(self) -> Any:
@@ -117,10 +133,92 @@ class Model:
         return bytes_of(kept) - bytes_of(split), bytes_of(split)
 
 
+def remat_towers(model: Any) -> dict[str, Any]:
+    """Name -> options of the towers that are stacks of layers, which may be computed again in the backward pass."""
+    return {name: tower for name in TOWERS if hasattr(tower := getattr(model, name), "remat")}
+
+
+def working_bytes(model: Model, shape: tuple[int, int, int], rows: int) -> float:
+    """What is needed for a moment: a layer's inside, the kernels of two layers, the blocks of losses."""
+    config, (_, fsdp, tensor) = model.config, shape
+    layers = sum(tower.sizes[1] for tower in remat_towers(config.model).values())
+    inside = model.plain.on_device(rows, shape) / max(layers, 1)
+    kernels = 0.0
+    if fsdp > 1:
+        sizes: dict[str, int] = {}
+        for name, x in named_leaves(unbox(model.state.params)).items():
+            found = LAYER.search(name)
+            stacked = x.shape[0] if found and found[1] == "blocks" else 1
+            layer = name[: found.end()] if found else name
+            sizes[layer] = sizes.get(layer, 0) + bytes_of(x) // stacked
+        kernels = 2 * max(sizes.values()) / tensor
+    blocks = 0.0
+    for task in config.tasks.values():
+        if isinstance(task, Contrastive):
+            columns = rows * config.data.texts_per_image
+            # The logits, their exponentials, targets and gradient.
+            blocks += 4 * 4 * rows * min(task.chunk_size or default_chunk_size(rows), columns)
+    if config.model.decoder is not None:
+        blocks += 3 * 4 * CHUNK_LOGITS
+    return inside + kernels + blocks
+
+
+def transfers(model: Model, shape: tuple[int, int, int]) -> dict[str, float]:
+    """Bytes of each kind of transfer in one step, for one device: the larger of what it gives and gets, each time.
+
+    Kernels that fsdp splits are gathered in the forward pass and, those of layers, again in the backward pass, for each
+    microbatch; gradients are summed over the batch shards (written as all-reduce; accelerators scatter what fsdp
+    splits). The tensor axis sums activations: two a layer forward, four backward and one more where the layer is computed
+    again. The columns of a contrastive loss go round all batch shards once forward and once backward.
+    """
+    config, (data, fsdp, tensor) = model.config, shape
+    accumulate, shards = config.optim.accumulate, data * fsdp
+    rows = config.batch_size // (shards * accumulate)
+    out = dict.fromkeys(("all-gather", "all-reduce", "collective-permute"), 0.0)
+    leaves = named_leaves(model.state.params, boxed=True)
+    shardings = named_leaves(shardings_of(model.state.params, AbstractMesh(shape, AXES)))
+    for name, box in leaves.items():
+        spec, x = shardings[name].spec, unbox(box)
+        size = math.prod(x.shape) * x.dtype.itemsize / (tensor if "tensor" in spec else 1)
+        if fsdp > 1 and "fsdp" in spec:
+            out["all-gather"] += size * accumulate * (2 if LAYER.search(name) else 1)
+        if shards > 1 and model.optimizer.trains(name):
+            out["all-reduce"] += size * accumulate
+    width = jnp.dtype(config.precision).itemsize
+    if tensor > 1:
+        for tower, tokens in _tokens(model).items():
+            options = getattr(config.model, tower)
+            dim, depth = options.sizes[:2]
+            out["all-reduce"] += (
+                (6 + (options.remat == "full")) * depth * rows * tokens * dim * width * accumulate
+            )
+    if shards > 1:
+        columns = config.batch_size // shards * config.data.texts_per_image
+        for task in config.tasks.values():
+            if isinstance(task, Contrastive):
+                # Texts and, backward, their gradient; sums and what else a column carries are 14 numbers.
+                out["collective-permute"] += shards * columns * (3 * config.model.embed_dim + 14) * 4
+    return {kind: size for kind, size in out.items() if size}
+
+
+def _tokens(model: Model) -> dict[str, int]:
+    """Tower of transformer layers -> tokens of a row."""
+    config, context = model.config, model.data.tokenizer.context_length
+    found = {}
+    for tower, options in remat_towers(config.model).items():
+        if tower == "image":
+            height, width = options.grid(config.data.preprocess.height_width)
+            found[tower] = height * width + options.has_class_token + options.registers
+        elif tower == "text":
+            found[tower] = context * config.data.texts_per_image
+        else:
+            found[tower] = (context + config.data.controls.num_slots) * config.data.texts_per_image
+    return found
+
+
 def _tensor_sizes(model: Any) -> set[int]:
     """Sizes of the axes that tensor parallelism splits: heads, and the hidden layer of each MLP."""
-    towers = [getattr(model, name) for name in TOWERS]
-    return {size for tower in towers if hasattr(tower, "sizes") for size in tower.sizes[2:4]}
+    return {size for tower in remat_towers(model).values() for size in tower.sizes[2:4]}
 
 
 def bytes_of(tree: Any) -> int:

@@ -6,20 +6,25 @@ import contextlib
 import dataclasses
 import functools
 import re
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import AbstractMesh
 
 from bvl.config import Config, with_value
-from bvl.errors import ConfigError, UserError
-from bvl.mesh import AXES, check_batch_size, mesh_shape
-from bvl.train.abstract import abstract_batch, abstract_data
-from bvl.train.estimate import TOWERS, Model, bytes_of, bytes_on_device
-from bvl.train.step import check_accumulation
+from bvl.errors import UserError
+from bvl.mesh import AXES, batch_sharding, check_batch_size, make_mesh, mesh_shape, replicated
+from bvl.train.abstract import AbstractData, abstract_batch, abstract_data, abstract_program
+from bvl.train.collectives import Program as Hlo
+from bvl.train.estimate import Model, bytes_of, bytes_on_device, remat_towers, transfers, working_bytes
+from bvl.train.setup import plan_state
+from bvl.train.step import check_accumulation, make_train_step
 
 Shape = tuple[int, int, int]
 
-_UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+# Columns of contrastive logits that are few and still keep matrix units busy.
+SMALL_CHUNK = 1024
+_UNITS = {"M": 2, "G": 3, "T": 4}
 
 
 class OutOfMemory(UserError):
@@ -69,56 +74,45 @@ class Estimate:
             "gradients": gradients * (2 if self.config.optim.accumulate > 1 else 1),
             "batch": batch / (shape[0] * shape[1]),
             "activations": model.kept.on_device(self.rows, shape),
-            "working memory": self._working(),
+            "working memory": working_bytes(model, shape, self.rows),
         }
         return {what: size for what, size in memory.items() if size}
-
-    def _working(self) -> float:
-        return 0.0
 
     @property
     def total(self) -> float:
         return sum(self.memory.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class Knob:
-    """A change of the config and what one device would then need."""
+def knobs(estimate: Estimate) -> dict[str, Estimate]:
+    """What can be turned to need less memory, each on its own -> the same formula with it turned."""
+    model, config, (over_data, fsdp, tensor) = estimate.model, estimate.config, estimate.shape
+    found = {}
 
-    name: str
-    estimate: Estimate
-
-
-def knobs(estimate: Estimate) -> list[Knob]:
-    """What can be turned to need less memory, each on its own, evaluated by the same formula."""
-    config, data, (over_data, fsdp, tensor) = estimate.config, estimate.model.data, estimate.shape
-    found = []
-
-    def add(*overrides: str, shape: Shape = estimate.shape, traced: bool = True) -> None:
+    def add(*overrides: str, shape: Shape = estimate.shape, traced: bool = False) -> None:
         changed = config
         for override in overrides:
             key, _, value = override.partition("=")
             changed = with_value(changed, key, value)
-        model = Model.of(changed, data) if traced else estimate.model.with_config(changed)
-        found.append(Knob(" ".join(overrides), Estimate(model, shape)))
+        turned = Model.of(changed, model.data) if traced else model.with_config(changed)
+        if traced and changed.precision == config.precision:
+            turned.__dict__["plain"] = model.plain
+        found[" ".join(overrides)] = Estimate(turned, shape)
 
-    remat = {name: t.remat for name in TOWERS if hasattr(t := getattr(config.model, name), "remat")}
-    for policy in ("dots", "full"):
-        if changes := [
-            f"model.{n}.remat={policy}" for n, now in remat.items() if now not in (policy, "full")
-        ]:
-            add(*changes)
+    remat = {name: tower.remat for name, tower in remat_towers(config.model).items()}
+    for policy, weaker in (("dots", ("none",)), ("full", ("none", "dots"))):
+        if changes := [f"model.{name}.remat={policy}" for name, now in remat.items() if now in weaker]:
+            add(*changes, traced=True)
     if config.precision == "float32":
-        add("precision=bfloat16")
+        add("precision=bfloat16", traced=True)
     if over_data > 1:
         shape = (1, over_data * fsdp, tensor)
-        add(f"mesh.shape={','.join(map(str, shape))}", shape=shape, traced=False)
+        add(f"mesh.shape={','.join(map(str, shape))}", shape=shape)
+    for name, task in config.tasks.items():
+        if getattr(task, "chunk_size", 0) is None and estimate.rows > SMALL_CHUNK:
+            add(f"tasks.{name}.chunk_size={SMALL_CHUNK}")
     if estimate.rows % 2 == 0:
-        with contextlib.suppress(ConfigError):
-            more = 2 * config.optim.accumulate
-            check_accumulation(more, config.tasks, config.batch_size, AbstractMesh(estimate.shape, AXES))
-            add(f"optim.accumulate={more}", traced=False)
-        add(f"batch_size={config.batch_size // 2}", traced=False)
+        add(f"optim.accumulate={2 * config.optim.accumulate}")
+        add(f"batch_size={config.batch_size // 2}")
     return found
 
 
@@ -142,30 +136,77 @@ def plan_table(
     check_batch_size(config.batch_size, mesh)
     check_accumulation(config.optim.accumulate, config.tasks, config.batch_size, mesh)
     data = abstract_data(config)
-    estimate = Estimate(Model.of(config, data), shape)
+    model = Model.of(config, data)
+    estimate = Estimate(model, shape)
+    sizes = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
     lines = [
-        f"{num_devices} devices as {', '.join(f'{axis} {size}' for axis, size in zip(AXES, shape, strict=True))}; "
-        f"batch_size {config.batch_size}, {estimate.rows} rows a device at once",
+        f"{num_devices} device(s): {sizes}; batch of {config.batch_size}, {estimate.rows} rows of it at a time on a device",
         *(f"assumed: {line}" for line in data.assumed),
         "",
-        *_memory_lines(estimate, memory),
+        "memory of a device, GB (an estimate)",
+        *(f"  {what:28}{size / 1e9:10.3f}" for what, size in estimate.memory.items()),
+        f"  {'total':28}{estimate.total / 1e9:10.3f}{_verdict(estimate, memory)}",
+        *(_compiled_lines(config, data, num_devices) if compiled else ()),
+        "",
+        f"work of a step: {model.flops:.4g} FLOPs, {model.flops / num_devices:.4g} on a device"
+        + (f", {model.flops / num_devices / peak_flops:.4g} s at its best" if peak_flops else ""),
+        "",
+        "transfers of a device in a step, GB",
+        *(f"  {kind:28}{size / 1e9:10.3f}" for kind, size in transfers(model, shape).items()),
+        "",
+        f"what to turn, and GB of a device then{'' if memory is None else f' (of {memory / 1e9:.3f})'}",
+        *(
+            f"  {name:44}{turned.total / 1e9:10.3f}{_verdict(turned, memory)}"
+            for name, turned in knobs(estimate).items()
+        ),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _memory_lines(estimate: Estimate, memory: int | None) -> list[str]:
-    lines = ["memory of one device (GB)"]
-    lines += [f"  {what:24}{_gb(size)}" for what, size in estimate.memory.items()]
-    lines.append(f"  {'total, an estimate':24}{_gb(estimate.total)}{_verdict(estimate, memory)}")
-    return lines
+@contextlib.contextmanager
+def explain_out_of_memory(config: Config) -> Iterator[None]:
+    """Turn the devices' out-of-memory error into OutOfMemory with the plan of the config on this process's devices."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text:
+            raise
+        table = plan_table(config, memory=_device_memory())
+        raise OutOfMemory(f"the devices are out of memory: {text.splitlines()[0]}\n\n{table}") from error
+
+
+def _device_memory() -> int | None:
+    """Bytes that a device of this process has for arrays, where its backend says it."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _verdict(estimate: Estimate, memory: int | None) -> str:
     if memory is None:
         return ""
-    fits = "fits in" if estimate.total <= memory else "does not fit in"
-    return f"   {fits} {memory / 1e9:.2f} ({estimate.total / memory:.0%})"
+    fits = "fits in" if estimate.total <= memory else "is too much for"
+    return f"   {fits} {memory / 1e9:.3f} ({estimate.total / memory:.0%})"
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:12.3f}"
+def _compiled_lines(config: Config, data: AbstractData, num_devices: int) -> list[str]:
+    """What the CPU compiler needs for a device, with the transfers that it writes."""
+    mesh = make_mesh(config.mesh, devices=jax.devices()[:num_devices])
+    program = abstract_program(config, data, mesh)
+    plan = plan_state(config, program)
+    shardings = replicated(mesh), batch_sharding(mesh)
+    frozen = dict.fromkeys(program.frozen, plan.target.params["model"])
+    frozen, batch = (
+        jax.tree.map(lambda x, s=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree)
+        for sharding, tree in zip(
+            shardings, (frozen, abstract_batch(config, data, config.batch_size)), strict=True
+        )
+    )
+    step = make_train_step(program, plan.optimizer, plan.shardings)
+    compiled = step.lower(plan.target, frozen, batch).compile()
+    memory = compiled.memory_analysis()
+    moved = Hlo(compiled.as_text()).bytes_by_kind()
+    return [
+        f"  {'CPU compiler, arguments':28}{memory.argument_size_in_bytes / 1e9:10.3f}",
+        f"  {'CPU compiler, temporaries':28}{memory.temp_size_in_bytes / 1e9:10.3f}   (an accelerator's compiler fuses more)",
+        *(f"  {f'CPU compiler, {kind}':28}{size / 1e9:10.3f} moved" for kind, size in moved.items()),
+    ]
