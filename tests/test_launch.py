@@ -98,6 +98,27 @@ class TestCommandLine:
         assert run("launch", config, "workdir=w", "--on", "local", "--hosts", "0") == 2
         assert "'0' is not a whole number above 0" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        "words, part",
+        [
+            (
+                ["--on", "slurm", "--hosts", "2", "--gpus-per-node", "a100:3"],
+                "batch_size=8 cannot be split over 6",
+            ),
+            (
+                ["--on", "local", "--devices-per-host", "6", "mesh.shape=(4,1,1)"],
+                "needs 4 devices, there are 6",
+            ),
+            (["--on", "gke", "--image", "i", "mesh.hosts=3"], "mesh.hosts=3, but 1 process"),
+        ],
+    )
+    def test_hosts_and_devices_that_the_config_does_not_take(self, config, words, part, capsys):
+        assert run("launch", config, "workdir=w", *words, "--dry-run") == 1
+        assert part in capsys.readouterr().err
+        # On a TPU nobody knows here.
+        assert run("launch", config, "workdir=w", "mesh.hosts=3", "mesh.shape=(4,1,1)", "--on", "tpu-vm",
+                   "--tpu", "t", "--zone", "z", "--dry-run") == 0  # fmt: skip
+
     def test_options_of_another_target(self, config, capsys):
         assert run("launch", config, "workdir=w", "--on", "local", "--partition", "gpu") == 1
         assert "--on local takes no --partition; it takes --hosts" in capsys.readouterr().err
@@ -492,6 +513,8 @@ sys.exit(143 if len(got) == 1 else 9)
         assert local.launch([JOB], local.Options(hosts=2, devices_per_host=4), dry_run=True) == 0
         lines = capsys.readouterr().out.splitlines()
         words = [shlex.split(line) for line in lines]
+        # They are to meet in one place.
+        assert words[0][1] == words[1][1] and words[0][1].startswith("BVL_COORDINATOR=")
         assert "BVL_PROCESS_ID=1" in words[1] and "JAX_NUM_CPU_DEVICES=4" in words[1]
         assert words[1][-2:] == [">>runs/a/logs/host1.log", "2>&1"]
 

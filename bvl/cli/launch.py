@@ -69,8 +69,9 @@ def add_launch(verbs) -> None:
         "--setup", "slurm, tpu-vm", "shell command before the run, such as one that activates an environment"
     )
     option("--directory", "tpu-vm, gke", "folder there in which the command runs")
-    for flag in ("--partition", "--account", "--time", "--gpus-per-node"):
+    for flag in ("--partition", "--account", "--time"):
         option(flag, "slurm", "as for sbatch")
+    option("--gpus-per-node", "slurm", "as for sbatch", metavar="[TYPE:]N")
     option("--sbatch-option", "slurm", "any other, for example constraint=a100; may be repeated",
            action="append", metavar="NAME[=VALUE]")  # fmt: skip
     option("--tpu", "tpu-vm", "name of the TPU")
@@ -105,7 +106,14 @@ def _launch(args: argparse.Namespace) -> int:
 
     module = importlib.import_module(f"bvl.launch.{TARGETS[args.on]}")
     options = module.Options(**_given(args, module.Options))
-    jobs = jobs_of(args.config, args.overrides, args.sweep, force=args.force)
+    jobs = jobs_of(
+        args.config,
+        args.overrides,
+        args.sweep,
+        force=args.force,
+        hosts=options.hosts,
+        num_devices=options.num_devices,
+    )
     return module.launch(jobs, options, dry_run=args.dry_run)
 
 

@@ -2,7 +2,8 @@
 
 Index 0 is the coordinator, under the name that the JobSet's headless service gives it. A pod that ends with 143
 (asked to stop, everything saved) is started again and does not count as failed; one that ends with 1 or 2 (a problem
-that its message explains) fails the JobSet; any other end, such as a lost node, starts all pods again.
+that its message explains) fails the JobSet; any other end (killed, evicted, out of memory) starts all pods again.
+Where a node vanishes without a word the other hosts notice it first, and end with 1.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ class Options:
     @property
     def is_tpu(self) -> bool:
         return bool(self.accelerator) and self.accelerator.startswith("tpu")
+
+    @property
+    def num_devices(self) -> int | None:
+        # A chip of some TPUs is two devices.
+        known = self.devices_per_host is not None and not self.is_tpu
+        return self.hosts * self.devices_per_host if known else None
 
 
 def jobset(job: Job, options: Options, name: str) -> dict[str, Any]:

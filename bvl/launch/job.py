@@ -11,8 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from jax.sharding import AbstractMesh
+
 from bvl.config import Config, content_hash, load_config
 from bvl.errors import ConfigError, UserError
+from bvl.mesh import AXES, check_batch_size, check_hosts, mesh_shape
 
 # The exit code of a run that was asked to stop and saved everything.
 AGAIN = 143
@@ -45,14 +48,21 @@ class Job:
 
 
 def jobs_of(
-    config: str, overrides: Sequence[str] = (), sweeps: Sequence[str] = (), *, force: bool = False
+    config: str,
+    overrides: Sequence[str] = (),
+    sweeps: Sequence[str] = (),
+    *,
+    force: bool = False,
+    hosts: int | None = None,
+    num_devices: int | None = None,
 ) -> list[Job]:
     """The run of a config, or those of a sweep, each with a run folder of its own below that of the config.
 
     config: path/to/config.py, or path/to/config.py:ARG.
     sweeps: "key=value1,value2", of which every combination is one run.
     force: start in run folders of another config.
-    Raises ConfigError for values that the config does not take.
+    hosts, num_devices: of each run, as far as they are known here.
+    Raises ConfigError for values that the config does not take, or that so many hosts and devices do not.
     """
     axes = [_parse_sweep(text) for text in sweeps]
     keys = [key for key, _ in axes]
@@ -67,7 +77,7 @@ def jobs_of(
     jobs: list[Job] = []
     for values in itertools.product(*(values for _, values in axes)):
         swept = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
-        workdir = _workdir(load_config(config, [*overrides, *swept]))
+        workdir = _check(load_config(config, [*overrides, *swept]), hosts, num_devices)
         kept = [text for text in overrides if text.partition("=")[0].strip() != "workdir"]
         name = _unused(_file_name(swept), {job.name for job in jobs}) if swept else ""
         path = str(PurePosixPath(workdir) / name)
@@ -104,9 +114,15 @@ def change_folder(folder: str) -> str:
     return f"cd {home}{shlex.quote(rest) if rest else ''}"
 
 
-def _workdir(config: Config) -> str:
+def _check(config: Config, hosts: int | None, num_devices: int | None) -> str:
+    """What can be known before a run waits in a queue; returns its run folder."""
     if config.workdir is None:
         raise ConfigError("no run folder: add workdir=DIR, for example workdir=runs/my_run")
+    if hosts is not None:
+        check_hosts(config.mesh, hosts)
+    if num_devices is not None:
+        mesh = AbstractMesh(mesh_shape(config.mesh, num_devices), AXES)
+        check_batch_size(config.batch_size, mesh)
     return config.workdir
 
 

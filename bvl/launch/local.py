@@ -42,6 +42,10 @@ class Options:
     restarts: int = 0
     jobs: int = 1
 
+    @property
+    def num_devices(self) -> int | None:
+        return None if self.devices_per_host is None else self.hosts * self.devices_per_host
+
 
 def variables(options: Options, host: int, port: int, gpus: Sequence[str] = ()) -> dict[str, str]:
     """What the environment of a host has that the others' do not.
@@ -86,8 +90,9 @@ def launch(jobs: Sequence[Job], options: Options, *, dry_run: bool = False) -> i
     gpus = gpus_here()
     if dry_run:
         for job in jobs:
+            port = _free_port()
             for host in range(options.hosts):
-                values = variables(options, host, _free_port(), gpus)
+                values = variables(options, host, port, gpus)
                 words = ["env", *(f"{k}={v}" for k, v in values.items()), *job.here]
                 print(f"{shlex.join(words)} >>{shlex.quote(f'{job.logs}/host{host}.log')} 2>&1")
         return 0

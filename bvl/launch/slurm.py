@@ -48,6 +48,11 @@ class Options:
                     f"--sbatch-option {text}: give a name, or name=value, for example constraint=a100"
                 )
 
+    @property
+    def num_devices(self) -> int | None:
+        number = re.search(r"(\d+)$", self.gpus_per_node or "")
+        return self.hosts * int(number[1]) if number else None
+
 
 # What follows the choice of the run. `wait` ends early where the shell gets a signal, so it is asked again until
 # srun itself has ended.

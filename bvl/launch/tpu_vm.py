@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import subprocess
 from collections.abc import Sequence
+from typing import ClassVar
 
 from bvl.errors import UserError
 from bvl.hosts import DISTRIBUTED
@@ -22,6 +23,9 @@ class Options:
     project: str | None = None
     directory: str | None = None
     setup: str | None = None
+    # Only the TPU knows.
+    hosts: ClassVar[None] = None
+    num_devices: ClassVar[None] = None
 
     def __post_init__(self):
         for name in ("tpu", "zone"):
