@@ -30,6 +30,7 @@ from bvl.train.metrics_log import MetricsLog, ProgressLines
 from bvl.train.optim import make_schedule
 from bvl.train.parameters import named_leaves
 from bvl.train.peers import Peers
+from bvl.train.plan import explain_out_of_memory
 from bvl.train.profile import StepTrace
 from bvl.train.program import TrainState
 from bvl.train.saving import DISK_FULL, Saver
@@ -182,7 +183,8 @@ def _train(config: Config, run: RunFolder, force: bool, watchdog: Watchdog) -> i
             with watchdog.stage("eval"):
                 loop.evaluate(state, step, name=BEFORE)
             logger.info("what training starts from was evaluated: %s", run.evals / f"{BEFORE}.json")
-        return loop.run_to_end(state, sums)
+        with explain_out_of_memory(config):
+            return loop.run_to_end(state, sums)
     finally:
         watchdog.enter("checkpoint")
         checkpoints.close()
