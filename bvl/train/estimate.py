@@ -32,8 +32,8 @@ from bvl.train.step import make_train_step
 # Parameters of a transformer's layers, which are gathered for the backward pass too.
 LAYER = re.compile(r"/(blocks|block_\d+|layer_\d+)/")
 TOWERS = ("image", "text", "decoder")
-# Two numbers of rows tell what grows with the rows from what does not.
-FEW_ROWS, MORE_ROWS = 16, 32
+# What is kept grows with the rows. A number that hardly any model has for its depth.
+TRACED_ROWS = 36
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +69,16 @@ class Model:
         return cls(config, data, program, optimizer, state)
 
     def with_config(self, config: Config) -> Model:
-        """The same model for a config that differs in batch size, accumulation or mesh alone."""
+        """The same model for a config that differs in batch size, accumulation, mesh or chunks of losses alone."""
         changed = dataclasses.replace(self, config=config)
         changed.__dict__.update(kept=self.kept, plain=self.plain)
         return changed
+
+    def computed_as(self, config: Config) -> Model:
+        """The same parameters for a config that differs in remat policies or precision alone."""
+        return dataclasses.replace(
+            self, config=config, program=abstract_program(config, self.data, self.program.mesh)
+        )
 
     @functools.cached_property
     def plain(self) -> Kept:
@@ -81,7 +87,7 @@ class Model:
         for name, tower in remat_towers(config.model).items():
             if tower.remat != "none":
                 config = with_value(config, f"model.{name}.remat", "none")
-        return self.kept if config == self.config else Model.of(config, self.data).kept
+        return self.kept if config == self.config else self.computed_as(config).kept
 
     @functools.cached_property
     def trained(self) -> Any:
@@ -103,11 +109,6 @@ class Model:
     @functools.cached_property
     def kept(self) -> Kept:
         """What is kept for the backward pass, beside parameters and batch."""
-        few, more = (self._kept_of(rows) for rows in (FEW_ROWS, MORE_ROWS))
-        whole, split = ((b - a) / (MORE_ROWS - FEW_ROWS) for a, b in zip(few, more, strict=True))
-        return Kept(max(round(sum(few) - FEW_ROWS * (whole + split)), 0), whole, split)
-
-    def _kept_of(self, rows: int) -> tuple[int, int]:
         program, optimizer = self.program, self.optimizer
 
         def forward(state: TrainState, frozen_params: Any, batch: dict[str, jax.Array]) -> list[jax.Array]:
@@ -126,11 +127,15 @@ class Model:
             leaves = {id(x): x for x in jax.tree.leaves(backward) if isinstance(x, jax.Array)}
             return [x for i, x in leaves.items() if i not in given]
 
-        batch = abstract_batch(self.config, self.data, rows)
+        batch = abstract_batch(self.config, self.data, TRACED_ROWS)
         kept = jax.eval_shape(forward, unbox(self.state), self.frozen_params, batch)
+        # Kernels in another type have their parameter's shape.
+        parameters = {x.shape for x in jax.tree.leaves(unbox(self.state.params))}
+        fixed = [x for x in kept if x.shape in parameters]
+        rest = [x for x in kept if x.shape not in parameters]
         sizes = _tensor_sizes(self.config.model)
-        split = [x for x in kept if sizes.intersection(x.shape[1:])]
-        return bytes_of(kept) - bytes_of(split), bytes_of(split)
+        split = bytes_of([x for x in rest if sizes.intersection(x.shape[1:])])
+        return Kept(bytes_of(fixed), (bytes_of(rest) - split) / TRACED_ROWS, split / TRACED_ROWS)
 
 
 def remat_towers(model: Any) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def knobs(estimate: Estimate) -> dict[str, Estimate]:
         for override in overrides:
             key, _, value = override.partition("=")
             changed = with_value(changed, key, value)
-        turned = Model.of(changed, model.data) if traced else model.with_config(changed)
+        turned = model.computed_as(changed) if traced else model.with_config(changed)
         if traced and changed.precision == config.precision:
             turned.__dict__["plain"] = model.plain
         found[" ".join(overrides)] = Estimate(turned, shape)
