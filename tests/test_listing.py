@@ -58,6 +58,14 @@ def test_running(tmp_path):
         pass
 
 
+def test_a_lock_that_this_machine_cannot_see(tmp_path):
+    run = make_run(tmp_path / "a", saved=[50], rows=[60])
+    (run.path / ".lock").write_text("process 7 on node-of-another-name")
+    assert "or running, process 7 on node-of-another-name wrote" in read_run(run.path).note
+    (run.path / ".lock").write_text(f"process 7 on {os.uname().nodename}")
+    assert read_run(run.path).note == ""
+
+
 def test_values(tmp_path):
     config = CONFIG | {"checkpoint": {"best": "r/b"}}
     run = make_run(tmp_path / "a", config=config, saved=[50], rows=[10, 60], scores={"r/a": 0.1, "r/b": 0.25})

@@ -28,9 +28,21 @@ from bvl.train.early_stop import early_stop_at
 
 State = Literal["running", "complete", "stopped", "failed", "not started", "damaged"]
 # Folders inside a run folder, in which no other run can be.
-INNER = {"checkpoints", "damaged", "eval", "launch", "logs", "predictions", "profile", "tensorboard"}
+INNER = {
+    "bad_batches",
+    "checkpoints",
+    "damaged",
+    "eval",
+    "launch",
+    "logs",
+    "predictions",
+    "profile",
+    "tensorboard",
+}
 # A row of metrics is hardly longer.
 TAIL = 1 << 18
+# Seconds in which a run writes something, mostly.
+RECENT_S = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +129,7 @@ def _is_run(path: Path, folders: Sequence[str], files: Sequence[str]) -> bool:
 
 
 def _read(run: RunFolder) -> RunInfo:
-    holder = _holder(run)
+    held, holder = _lock(run)
     saved = max(complete_steps(run.checkpoints), default=None)
     row = _last_row(run.metrics)
     tree = _json_object(run.config)
@@ -135,15 +147,16 @@ def _read(run: RunFolder) -> RunInfo:
         value=value,
         age_s=_age(run),
     )
-    state, note = _state(run, info, tree, holder, has_rows=bool(row))
+    state, note = ("running", holder) if held else _state(run, info, tree, has_rows=bool(row))
+    elsewhere = holder and not holder.endswith(f" on {os.uname().nodename}")
+    if state == "stopped" and elsewhere and info.age_s is not None and info.age_s < RECENT_S:
+        # Locks of some file systems do not reach other machines.
+        note = f"or running, {holder} wrote {_duration(info.age_s)} ago"
     return dataclasses.replace(info, state=state, note=note)
 
 
-def _state(
-    run: RunFolder, info: RunInfo, tree: dict[str, Any], holder: str | None, *, has_rows: bool
-) -> tuple[State, str]:
-    if holder is not None:
-        return "running", holder
+def _state(run: RunFolder, info: RunInfo, tree: dict[str, Any], *, has_rows: bool) -> tuple[State, str]:
+    """The state of a run that no process holds, and a note."""
     if "format_version" not in tree:
         missing = "cannot be read" if run.config.exists() else "is missing"
         return "damaged", f"config.json {missing}"
@@ -159,19 +172,20 @@ def _state(
     return "stopped", "" if info.saved is not None else "nothing saved"
 
 
-def _holder(run: RunFolder) -> str | None:
-    """Who holds the lock of a run folder, None for nobody."""
+def _lock(run: RunFolder) -> tuple[bool, str]:
+    """Does a process hold the lock of a run folder, and which one does, or was the last to?"""
     try:
         file = open(run.path / ".lock", errors="replace")
     except OSError:
-        return None
+        return False, ""
     with file:
+        holder = file.read(200).strip()
         try:
             # Given back at once; only its being refused says something.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            return file.read().strip() or "another process"
-    return None
+            return True, holder or "by another process"
+    return False, holder
 
 
 def _stopped_early(run: RunFolder, saved: int | None) -> bool:
