@@ -43,6 +43,7 @@ from bvl.train.bad_steps import TrainingFailed
 from bvl.train.environment import describe_environment
 from bvl.train.loop import _add, _means, train
 from bvl.train.optim import OptimConfig
+from bvl.train.plan import OutOfMemory
 
 pytestmark = pytest.mark.usefixtures("fast_compilation", "traced_once")
 
@@ -230,7 +231,10 @@ def test_a_guard_that_is_switched_on_later(first_run, tmp_path):
             assert train(config) == 130
     assert int(saved_items(tmp_path / "run")["guard"]["good"]) == 2
     assert train(without) == 0
-    assert_same_runs(tmp_path / "run", first_run)
+    assert_same_trees(saved_items(tmp_path / "run"), saved_items(first_run))
+    rows = metric_rows(tmp_path / "run")
+    assert [row.pop("skipped", None) for row in rows] == [None, 0.0, None]
+    assert rows == metric_rows(first_run)
 
 
 class stopped_at:
@@ -611,6 +615,15 @@ def test_sums_of_a_start_that_logged_other_names():
         "tasks": {"a": {"x": np.ones(2)}},
     }
     assert _means(_add(earlier, later)) == {"loss/total": 4.0, "old": 1.0, "new": 2.0, "a/x": 1.0}
+
+
+def test_out_of_memory_shows_the_plan(tmp_path, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.\nmore")
+
+    monkeypatch.setattr("bvl.train.loop._Loop.run_to_end", full)
+    with pytest.raises(OutOfMemory, match=r"(?s)out of memory: RESOURCE_EXHAUSTED.*1 bytes\.\n\n.*parameters"):
+        train(tiny_config(tmp_path / "run"))
 
 
 def test_sigmoid_needs_a_bias(tmp_path):
