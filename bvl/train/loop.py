@@ -72,7 +72,7 @@ def train(config: Config, *, force: bool = False) -> int:
     peers = Peers(survive.host_timeout_s)
     watchdog = Watchdog(survive.watchdog_s, survive.watchdog_stop_s)
     try:
-        with exit_on_signals(), run.lock():
+        with exit_on_signals(), run.lock(), explain_out_of_memory(config):
             return _train(config, run, force, watchdog)
     except BaseException as error:
         peers.failed(error)
@@ -183,8 +183,7 @@ def _train(config: Config, run: RunFolder, force: bool, watchdog: Watchdog) -> i
             with watchdog.stage("eval"):
                 loop.evaluate(state, step, name=BEFORE)
             logger.info("what training starts from was evaluated: %s", run.evals / f"{BEFORE}.json")
-        with explain_out_of_memory(config):
-            return loop.run_to_end(state, sums)
+        return loop.run_to_end(state, sums)
     finally:
         watchdog.enter("checkpoint")
         checkpoints.close()

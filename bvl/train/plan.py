@@ -172,7 +172,11 @@ def explain_out_of_memory(config: Config) -> Iterator[None]:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:
             raise
-        table = plan_table(config, memory=_device_memory())
+        try:
+            table = plan_table(config, memory=_device_memory())
+        except Exception:
+            # What went wrong first is what the user must see.
+            raise error from None
         raise OutOfMemory(f"the devices are out of memory: {text.splitlines()[0]}\n\n{table}") from error
 
 
