@@ -6,8 +6,6 @@ import contextlib
 import logging
 from pathlib import Path
 
-import tensorboardX
-
 logger = logging.getLogger(__name__)
 
 
@@ -18,6 +16,9 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, *, resume_step: int):
+        # It imports torch where that is installed, which takes seconds.
+        import tensorboardX
+
         self._folder = folder
         # A queue without limit: the thread that writes dies of a full disk, and a full queue would wait for it for ever.
         self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1, max_queue=0)
