@@ -84,6 +84,7 @@ class TestJobs:
             (["workdir=w"], ["seed=1", "seed=2"], "given twice"),
             (["workdir=w", "seed=1"], ["seed=2,3"], "one value on the command line and several"),
             ([], ["workdir=a,b"], "a folder of its own"),
+            (["workdir=w", "steps=5,6"], ["seed=2,3"], "--sweep steps=5,6"),
         ],
     )
     def test_errors_come_before_anything_starts(self, config, overrides, sweeps, part):
@@ -464,15 +465,33 @@ class TestLocal:
         assert local.launch([script_job(tmp_path, "print(os.getpgid(0))")], local.Options()) == 0
         assert int(capsys.readouterr().out) != os.getpgid(0)
 
+    def test_the_run_goes_on_where_nobody_reads_what_it_says(self, tmp_path):
+        job = script_job(tmp_path, "for _ in range(5): print('a line', flush=True); time.sleep(0.15)")
+        text = f"""
+import sys
+from bvl.launch import local
+from bvl.launch.job import Job
+Job.here = property(lambda self: [sys.executable, {str(tmp_path / "w.py")!r}])
+sys.exit(local.launch([Job(("train",), {job.workdir!r})], local.Options()))
+"""
+        process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 0
+        assert Path(job.logs, "host0.log").read_text() == "a line\n" * 5
+
     def test_failing_host_is_named_and_ends_the_others(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(local, "TIME_TO_FAIL", 0.2)
         monkeypatch.setattr(local, "TIME_TO_END", 0.2)
         # Host 0 hangs, and hears nothing.
         text = "if host == '1': sys.exit('no such file')\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(20)\nprint('still here')"
-        assert local.launch([script_job(tmp_path, text)], local.Options(hosts=2)) == 1
+        job = script_job(tmp_path, text)
+        Path(job.logs).mkdir(parents=True)
+        Path(job.logs, "host1.log").write_text("of an earlier start\n")
+        assert local.launch([job], local.Options(hosts=2)) == 1
         out, error = capsys.readouterr()
         assert "host 1 of" in error and "exit code 1" in error and "no such file" in error
-        assert "still here" not in out
+        assert "still here" not in out and "earlier start" not in error
 
     def test_restarts(self, tmp_path, capsys):
         text = "seen = os.path.join({!r}, 'seen')\nopen(seen, 'a').write('x')\nsys.exit(143 if len(open(seen).read()) < 3 else 0)"

@@ -77,7 +77,13 @@ def jobs_of(
     jobs: list[Job] = []
     for values in itertools.product(*(values for _, values in axes)):
         swept = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
-        workdir = _check(load_config(config, [*overrides, *swept]), hosts, num_devices)
+        try:
+            loaded = load_config(config, [*overrides, *swept])
+        except ConfigError as error:
+            several = [text for text in overrides if len(_split(text)) > 1]
+            hint = f" (several values to be swept are written --sweep {several[0]})" if several else ""
+            raise ConfigError(f"{error}{hint}") from None
+        workdir = _check(loaded, hosts, num_devices)
         kept = [text for text in overrides if text.partition("=")[0].strip() != "workdir"]
         name = _unused(_file_name(swept), {job.name for job in jobs}) if swept else ""
         path = str(PurePosixPath(workdir) / name)

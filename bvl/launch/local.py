@@ -119,7 +119,9 @@ class _Run:
         folder = Path(self.job.logs)
         folder.mkdir(parents=True, exist_ok=True)
         self._logs = [folder / f"host{host}.log" for host in range(self._options.hosts)]
-        self._echoed = self._logs[0].stat().st_size if self._logs[0].exists() else 0
+        # What earlier starts have written stays there.
+        self._begins = [path.stat().st_size if path.exists() else 0 for path in self._logs]
+        self._echoed = self._begins[0]
         self._processes: dict[int, subprocess.Popen] = {}
         for host, path in enumerate(self._logs):
             with open(path, "ab") as log:
@@ -160,9 +162,12 @@ class _Run:
             log.seek(self._echoed)
             text = log.read()
         self._echoed += len(text)
-        if text:
+        try:
             sys.stdout.write(text.decode(errors="replace"))
             sys.stdout.flush()
+        except BrokenPipeError:
+            # Who read it (head, less) has gone; the run goes on.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _note_failure(self, host: int) -> None:
         others = f"; the others get {TIME_TO_FAIL:.0f} s" if self._processes else ""
@@ -170,7 +175,8 @@ class _Run:
             f"host {host} of {self.job.workdir} ended with exit code {self.code}: {self._logs[host]}{others}"
         )
         if host > 0:
-            lines = self._logs[host].read_text(errors="replace").splitlines()[-10:]
+            said = self._logs[host].read_bytes()[self._begins[host] :]
+            lines = said.decode(errors="replace").splitlines()[-10:]
             print(*(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
         now = time.monotonic()
         self._kill_at = [
