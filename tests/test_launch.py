@@ -344,7 +344,11 @@ class TestGke:
         pod = job["template"]["spec"]
         # A policy of failures needs it.
         assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] == 77
-        assert tree["spec"]["failurePolicy"]["maxRestarts"] == 5
+        policy = tree["spec"]["failurePolicy"]
+        assert policy["maxRestarts"] == 5
+        # What a pod's exit code has settled is not tried again.
+        (rule,) = policy["rules"]
+        assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
         # One process needs no coordinator.
         assert "env" not in pod["containers"][0]
 

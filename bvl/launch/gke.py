@@ -94,7 +94,9 @@ def jobset(job: Job, options: Options, name: str) -> dict[str, Any]:
             "network": {"enableDNSHostnames": True, "subdomain": name},
             "failurePolicy": {
                 "maxRestarts": options.restarts,
-                "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+                "rules": [
+                    {"name": "problem", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+                ],
             },
             "replicatedJobs": [
                 {
