@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from test_step import data, fast_compilation, make_program, one_device  # noqa: F401
 
-from bvl.mesh import MeshConfig, make_mesh, shardings_of, to_global, unbox
+from bvl.mesh import MeshConfig, make_mesh, on_mesh, shardings_of, to_global, unbox
 from bvl.tasks.contrastive import Contrastive
+from bvl.train.collectives import Program as Hlo
 from bvl.train.optim import OptimConfig, make_optimizer
 from bvl.train.step import make_train_step
 
@@ -90,30 +91,33 @@ def curve(shape):
 
 @functools.cache
 def evaluated(shape):
-    """step -> (loss, gradients) in float32 at the parameters of the run on one device after that step."""
+    """(step -> (loss, gradients) in float32 at the parameters of the run on one device after that step, the program)."""
     reference = curve(None)[1]
     program, boxed = a_program(shape, jnp.float32), fresh_state()[1]
     params_shardings = shardings_of(boxed.params, program.mesh)
     extra = {name: task.init_extra(program.info) for name, task in program.tasks.items()}
 
-    @jax.jit
+    @on_mesh(program.mesh)
     def value_and_grad(params, batch):
         key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
         batch = program.prepare(batch, key)
         loss = lambda params: program.loss(params, extra, {}, batch, key, step)[0]  # noqa: E731
         return jax.value_and_grad(loss)(params)
 
-    out = {}
-    for i, params in reference.items():
-        params = jax.device_put(jax.tree.map(np.float32, params), params_shardings)
-        out[i] = jax.device_get(value_and_grad(params, to_global(held_out(), program.mesh)))
-    return out
+    batch = to_global(held_out(), program.mesh)
+    place = lambda params: jax.device_put(jax.tree.map(np.float32, params), params_shardings)  # noqa: E731
+    jitted = jax.jit(value_and_grad, out_shardings=(None, params_shardings))
+    compiled = jitted.lower(place(reference[1]), batch).compile()
+    return {i: jax.device_get(compiled(place(params), batch)) for i, params in reference.items()}, compiled
 
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_loss_and_gradient_at_equal_parameters(shape):
     for step in COMPARED:
-        (loss, gradients), (expected, expected_gradients) = evaluated(shape)[step], evaluated(None)[step]
+        (loss, gradients), (expected, expected_gradients) = (
+            evaluated(shape)[0][step],
+            evaluated(None)[0][step],
+        )
         assert loss.dtype == np.float32 and abs(loss - expected) <= 1e-5 * abs(expected), step
         largest = max(np.abs(g).max() for g in jax.tree.leaves(expected_gradients))
         for (path, b), a in zip(
@@ -126,6 +130,20 @@ def test_loss_and_gradient_at_equal_parameters(shape):
             )
             error = np.abs(a - b).max() / scale
             assert error <= 1e-5, f"step {step}, {jax.tree_util.keystr(path)}: {error:.2e}"
+
+
+def test_tensor_parallel_layers():
+    """On (2, 2, 2): kernels are gathered over fsdp, and activations summed over tensor, as Megatron-LM has it
+    (Shoeybi et al. 2019, arXiv:1909.08053, section 3): twice a layer forward, twice backward."""
+    compiled = Hlo(evaluated((2, 2, 2))[1].as_text()).collectives()
+    summed = [x.shape for c in compiled if c.kind == "all-reduce" and c.group_size == 2 for x in c.types]
+    # Two rows a device, of 4 patches and of 16 tokens, at width 32; backward once for the MLP, once for each of queries,
+    # keys and values.
+    for tokens in (4, 16):
+        assert summed.count((2 * tokens, 32)) == 2 + 1 + 3
+    gathered = {x.shape for c in compiled if c.kind == "all-gather" for x in c.types}
+    assert {(32, 16), (32, 64), (64, 32)} <= gathered
+    assert not {(32, 32), (32, 128), (128, 32)} & gathered, "no device has a whole kernel"
 
 
 def test_the_curve_of_50_steps_in_float64(shape=MESHES[-1]):
