@@ -333,7 +333,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--micro", type=int, help="rows of a microbatch; default 64, with --small 8")
     parser.add_argument("--memory", type=float, help="GB, default: the device's; with --small 1")
-    parser.add_argument("--growth", type=int, help="factor from batch to batch; default 2, with --small 4")
+    parser.add_argument("--growth", type=int, help="factor from batch to batch; default 2, with --small 8")
     parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
     parser.add_argument("--scan", action="store_true", help="blocks in a scan, which compiles faster")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="of the peer")
@@ -354,7 +354,7 @@ def main() -> None:
         model="ViT-L-14", batch=256, steps=20, micro=64, growth=2, memory=(found["memory"] or 16e9) / 1e9
     )
     if args.small:
-        defaults = dict(model="miniature", batch=16, steps=5, micro=8, growth=4, memory=1.0)
+        defaults = dict(model="miniature", batch=16, steps=5, micro=8, growth=8, memory=1.0)
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     parts: dict[str, Any] = {"device": found, "rate": run("rate", args), "bvl": [], "peer": []}
