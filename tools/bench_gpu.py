@@ -274,8 +274,10 @@ def run(part: str, args: argparse.Namespace) -> dict[str, Any] | None:
     ]
     options += ["--small"] * bool(args.small) + ["--scan"] * args.scan + ["--no-compile"] * (not args.compile)
     command = [python, str(Path(__file__).resolve()), "--part", part, *options]
+    start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
+    print(f"{part}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     if done.returncode or not lines:
         print(f"{part} could not run:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
         return None
@@ -332,7 +334,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed steps a round; default 20, with --small 5")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--micro", type=int, help="rows of a microbatch; default 64, with --small 8")
-    parser.add_argument("--memory", type=float, help="GB, default: the device's; with --small 1")
+    parser.add_argument("--memory", type=float, help="GB, default: the device's; with --small 0.5")
     parser.add_argument("--growth", type=int, help="factor from batch to batch; default 2, with --small 8")
     parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
     parser.add_argument("--scan", action="store_true", help="blocks in a scan, which compiles faster")
@@ -354,7 +356,7 @@ def main() -> None:
         model="ViT-L-14", batch=256, steps=20, micro=64, growth=2, memory=(found["memory"] or 16e9) / 1e9
     )
     if args.small:
-        defaults = dict(model="miniature", batch=16, steps=5, micro=8, growth=8, memory=1.0)
+        defaults = dict(model="miniature", batch=16, steps=5, micro=8, growth=8, memory=0.5)
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     parts: dict[str, Any] = {"device": found, "rate": run("rate", args), "bvl": [], "peer": []}
