@@ -459,6 +459,16 @@ class TestLocal:
         with pytest.raises(UserError, match=r"4 GPU\(s\)"):
             local.variables(local.Options(hosts=3, devices_per_host=2), 0, 1, gpus)
 
+    def test_runs_at_the_same_time_share_no_gpu(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(local, "gpus_here", lambda: ["4", "5", "6"])
+        text = "print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)"
+        jobs = [script_job(tmp_path, text, name) for name in "abc"]
+        assert local.launch(jobs, local.Options(jobs=3)) == 0
+        used = [Path(job.logs, "host0.log").read_text().strip() for job in jobs]
+        assert sorted(used) == ["4", "5", "6"]
+        with pytest.raises(UserError, match="each run needs one"):
+            local.launch(jobs, local.Options(jobs=4))
+
     def test_logs_and_echo(self, tmp_path, capsys):
         job = script_job(tmp_path, "print('I am', host, os.environ['BVL_NUM_PROCESSES'])")
         assert local.launch([job], local.Options(hosts=2)) == 0

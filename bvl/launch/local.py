@@ -50,7 +50,7 @@ class Options:
 def variables(options: Options, host: int, port: int, gpus: Sequence[str] = ()) -> dict[str, str]:
     """What the environment of a host has that the others' do not.
 
-    gpus: the machine's. Raises UserError where they are too few.
+    gpus: those of the run. Raises UserError where they are too few.
     """
     found = {}
     if options.hosts > 1:
@@ -61,15 +61,14 @@ def variables(options: Options, host: int, port: int, gpus: Sequence[str] = ()) 
         }
     if options.devices_per_host:
         found["JAX_NUM_CPU_DEVICES"] = str(options.devices_per_host)
-    if gpus and (options.hosts > 1 or options.devices_per_host):
+    if gpus and (options.hosts > 1 or options.jobs > 1 or options.devices_per_host):
         # Processes cannot share a GPU: each takes most of its memory.
         share = options.devices_per_host or len(gpus) // options.hosts
         if not share or share * options.hosts > len(gpus):
+            asked = f"--hosts {options.hosts}" + (f" --devices-per-host {share}" if share else "")
             raise UserError(
-                f"--hosts {options.hosts}"
-                + f" --devices-per-host {share}" * bool(share)
-                + f": this machine has "
-                f"{len(gpus)} GPU(s); set JAX_PLATFORMS=cpu to try several hosts without them"
+                f"{asked}: there are {len(gpus)} GPU(s) for a run; set JAX_PLATFORMS=cpu to try several hosts "
+                f"without them"
             )
         found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[host * share : (host + 1) * share])
     return found
@@ -88,11 +87,14 @@ def gpus_here(environment: Mapping[str, str] = os.environ, devices: Path = Path(
 def launch(jobs: Sequence[Job], options: Options, *, dry_run: bool = False) -> int:
     """Run the jobs, or print the commands of their processes; returns the first exit code that is not 0."""
     gpus = gpus_here()
+    if gpus and options.jobs > len(gpus):
+        raise UserError(f"--jobs {options.jobs}: this machine has {len(gpus)} GPU(s), and each run needs one")
     if dry_run:
-        for job in jobs:
+        for number, job in enumerate(jobs):
+            mine = _part(gpus, number % options.jobs, options.jobs)
             port = _free_port()
             for host in range(options.hosts):
-                values = variables(options, host, port, gpus)
+                values = variables(options, host, port, mine)
                 words = ["env", *(f"{k}={v}" for k, v in values.items()), *job.here]
                 print(f"{shlex.join(words)} >>{shlex.quote(f'{job.logs}/host{host}.log')} 2>&1")
         return 0
@@ -100,10 +102,11 @@ def launch(jobs: Sequence[Job], options: Options, *, dry_run: bool = False) -> i
 
 
 class _Run:
-    """The processes of one job."""
+    """The processes of one job. place: its number among the runs that are under way at the same time."""
 
-    def __init__(self, job: Job, options: Options, gpus: Sequence[str]):
-        self.job, self._options, self._gpus = job, options, gpus
+    def __init__(self, job: Job, options: Options, gpus: Sequence[str], place: int):
+        self.job, self.place, self._options = job, place, options
+        self._gpus = _part(gpus, place, options.jobs)
         self.restarts = options.restarts
         self.start()
 
@@ -190,6 +193,7 @@ class _Supervisor:
 
     def __init__(self, jobs: Sequence[Job], options: Options, gpus: Sequence[str]):
         self._waiting, self._options, self._gpus = list(jobs), options, gpus
+        self._places = list(range(options.jobs))
         self._sweep = len(jobs) > 1
         self._running: list[_Run] = []
         self._codes: list[int] = []
@@ -198,11 +202,11 @@ class _Supervisor:
     def run(self) -> int:
         with self._handlers():
             while self._running or (self._waiting and not self._stopping):
-                while self._waiting and len(self._running) < self._options.jobs and not self._stopping:
+                while self._waiting and self._places and not self._stopping:
                     job = self._waiting.pop(0)
                     if self._sweep:
                         _say(f"starts: {job.workdir}")
-                    self._running.append(_Run(job, self._options, self._gpus))
+                    self._running.append(_Run(job, self._options, self._gpus, self._places.pop(0)))
                 time.sleep(POLL)
                 for run in list(self._running):
                     self._look_after(run)
@@ -226,6 +230,7 @@ class _Supervisor:
         if self._sweep:
             _say(f"ends with {run.code}: {run.job.workdir}")
         self._running.remove(run)
+        self._places.append(run.place)
         self._codes.append(run.code)
 
     @contextlib.contextmanager
@@ -244,6 +249,12 @@ class _Supervisor:
             # After a problem of our own nobody would end them.
             for run in self._running:
                 run.send(signal.SIGKILL)
+
+
+def _part(gpus: Sequence[str], place: int, places: int) -> Sequence[str]:
+    """The GPUs of one of the runs that are under way at the same time."""
+    share = len(gpus) // places
+    return gpus[place * share : (place + 1) * share]
 
 
 def _free_port() -> int:
