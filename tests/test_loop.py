@@ -622,7 +622,9 @@ def test_out_of_memory_shows_the_plan(tmp_path, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.\nmore")
 
     monkeypatch.setattr("bvl.train.loop._Loop.run_to_end", full)
-    with pytest.raises(OutOfMemory, match=r"(?s)out of memory: RESOURCE_EXHAUSTED.*1 bytes\.\n\n.*parameters"):
+    with pytest.raises(
+        OutOfMemory, match=r"(?s)out of memory: RESOURCE_EXHAUSTED.*1 bytes\.\n\n.*parameters"
+    ):
         train(tiny_config(tmp_path / "run"))
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ import pytest
 from bvl import hosts
 from bvl.config import SurviveConfig
 from bvl.errors import CheckpointError, ConfigError
+from bvl.runs import RunFolder
+from bvl.train.bad_steps import StepReader, TrainingFailed
 from bvl.train.guard import FIRST, Guard
 from bvl.train.metrics_log import JsonLines, MetricsLog
 from bvl.train.saving import Saver
@@ -191,6 +194,39 @@ def test_a_guard_only_where_it_is_asked_for():
     assert Guard.of(SurviveConfig()) is None
     guard = Guard.of(SurviveConfig(bad_steps="skip"))
     assert judged(guard, [1.0] * (FIRST + 1) + [1e9, float("inf")])[0][-2:] == [False, True]
+
+
+def read(run, report, **survive):
+    """The reader after a step that gave `report`."""
+    config = SimpleNamespace(seed=3, survive=SurviveConfig(**survive))
+    describe = lambda source, record: {"source": "ab"[source], "id": f"r{record}"}  # noqa: E731
+    reader = StepReader(RunFolder(run), config, describe=describe, last_good=lambda: 10)
+    batch = {"source": np.asarray([0, 1]), "record": np.asarray([5, 6])}
+    reader.take(12, {"tasks": {}, "step": {}, "guard": report, STOP: jnp.int32(130)}, batch)
+    reader.read()
+    return reader
+
+
+def test_a_spike_is_named_with_its_records(tmp_path, monkeypatch, caplog):
+    """Of all hosts' rows."""
+    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, [{"source": "c", "id": "r7"}]])
+    means = {"mean_loss": 2.0, "mean_grad_norm": 1.0}
+    spike = {"loss": 3.0, "grad_norm": 5.0, **means, "bad": True, "in_row": 1}
+    with pytest.raises(
+        TrainingFailed,
+        match=r"grad norm of step 12, 5, is more than survive.spike_factor=4 times its running mean 1;.*of step 10",
+    ):
+        read(tmp_path, spike, spike_factor=4.0)
+    saved = json.loads((tmp_path / "nan_batch.json").read_text())
+    assert [(r["source"], r["id"]) for r in saved["records"]] == [("a", "r5"), ("b", "r6"), ("c", "r7")]
+    reader = read(tmp_path, spike, spike_factor=4.0, bad_steps="skip")
+    assert reader.told_to_stop == 130 and "the step is skipped (1 in a row)" in caplog.text
+    assert (tmp_path / "bad_batches" / "12.json").is_file()
+    monkeypatch.setattr("bvl.train.bad_steps.MAX_FILES", 1)
+    (tmp_path / "bad_batches" / "12.json").rename(tmp_path / "bad_batches" / "1.json")
+    read(tmp_path, spike, spike_factor=4.0, bad_steps="skip")
+    assert not (tmp_path / "bad_batches" / "12.json").exists()
+    read(tmp_path, {**spike, "bad": False}, spike_factor=4.0)
 
 
 def test_only_the_first_host_writes_rows(tmp_path, monkeypatch):

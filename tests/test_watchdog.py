@@ -37,7 +37,9 @@ def test_a_stuck_stage_is_named_with_its_stack(caplog):
     wait_until(lambda: len(reports(caplog)) >= 2)
     watchdog.close()
     free.set()
-    assert "the stage 'data' has lasted" in reports(caplog)[0] and "survive.watchdog_s=0.1" in reports(caplog)[0]
+    assert (
+        "the stage 'data' has lasted" in reports(caplog)[0] and "survive.watchdog_s=0.1" in reports(caplog)[0]
+    )
     assert "in hang_in_the_reader" in reports(caplog)[0]
 
 

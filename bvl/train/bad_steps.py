@@ -14,6 +14,7 @@ from bvl import hosts
 from bvl.config import Config
 from bvl.errors import UserError
 from bvl.runs import RunFolder, write_atomic
+from bvl.train.guard import WATCHED
 from bvl.train.survive import STOP
 
 logger = logging.getLogger(__name__)
@@ -59,9 +60,11 @@ class StepReader:
         if self._unread is None:
             return
         (step, report, stop, batch), self._unread = self._unread, None
-        self.told_to_stop = int(stop)
         guarded = "bad" in report
-        values = {name: float(report[name] if guarded else report[name][0]) for name in ("loss", "grad_norm")}
+        # Values as they are: to index an array on a device would be a program of its own.
+        report = jax.device_get(report if guarded else {name: report[name] for name in WATCHED})
+        self.told_to_stop = int(stop)
+        values = {name: float(report[name] if guarded else report[name][0]) for name in WATCHED}
         # A finite loss can have a gradient that is none, which would spoil the parameters about to be saved.
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if not (bool(report["bad"]) if guarded else bad):
