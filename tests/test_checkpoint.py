@@ -15,6 +15,7 @@ import pytest
 
 from bvl.checkpoint import Checkpoints
 from bvl.errors import CheckpointError, ConfigError
+from bvl.train.saving import Saver
 
 # orbax drops the reads that were under way when one of them fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -240,6 +241,23 @@ def test_full_disk_in_the_background(folder, monkeypatch, caplog):
     checkpoints.close()
     monkeypatch.undo()
     assert restored_step(folder) == 4
+
+
+@pytest.mark.parametrize("method", ["async_save", "finalize"])
+def test_a_step_that_could_not_be_saved_is_saved_again(folder, monkeypatch, method):
+    """By the same process, as at the end of a run; nothing of the failed save is left."""
+    monkeypatch.setattr("bvl.train.saving.PAUSE_S", 0.0)
+    real, failures = getattr(ocp.PyTreeCheckpointHandler, method), [1, 1]
+
+    def sometimes_full(*args, **options):
+        return full_disk() if failures and failures.pop() else real(*args, **options)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, method, sometimes_full)
+    checkpoints = Checkpoints(folder)
+    Saver(checkpoints, max_failures=3, flush=lambda: None).finish(6, items(6))
+    checkpoints.close()
+    assert not failures and [p.name for p in folder.iterdir()] == ["6"]
+    assert restored_step(folder) == 6
 
 
 def test_closing_reports_a_failed_save_without_raising(folder, monkeypatch, caplog):
