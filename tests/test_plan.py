@@ -29,7 +29,15 @@ from bvl.train.abstract import abstract_batch, abstract_data, abstract_program
 from bvl.train.estimate import Model, bytes_of, bytes_on_device
 from bvl.train.loop import train
 from bvl.train.optim import OptimConfig
-from bvl.train.plan import Estimate, OutOfMemory, explain_out_of_memory, knobs, parse_memory, plan_table
+from bvl.train.plan import (
+    Estimate,
+    OutOfMemory,
+    explain_out_of_memory,
+    knobs,
+    parse_memory,
+    plan_table,
+    together,
+)
 from bvl.train.setup import plan_state
 from bvl.train.step import make_train_step
 
@@ -93,6 +101,19 @@ def test_knobs_do_what_they_say():
     # The same as planning the changed config.
     direct = estimate_of(deep_config("full", mesh=MeshConfig((4, 1, 1))), (4, 1, 1))
     assert turned[both.format("full")].memory == direct.memory
+
+
+def test_several_knobs_where_one_is_not_enough():
+    estimate = estimate_of(deep_config(), (4, 1, 1))
+    turned = knobs(estimate)
+    least = min(e.total for e in turned.values())
+    assert not together(estimate, turned, int(least) + 1)
+    assert not together(estimate, turned, 1000)
+    ((name, found),) = together(estimate, turned, int(0.9 * least)).items()
+    words = name.split()
+    assert words[:3] == ["model.image.remat=full", "model.text.remat=full", "mesh.shape=1,4,1"]
+    assert words[3:] in ([], ["optim.accumulate=2"])
+    assert found.total <= 0.9 * least and found.shape == (1, 4, 1)
 
 
 def test_shapes_of_batches_are_those_of_the_pipeline():

@@ -116,6 +116,25 @@ def knobs(estimate: Estimate) -> dict[str, Estimate]:
     return found
 
 
+def together(estimate: Estimate, turned: dict[str, Estimate], memory: int) -> dict[str, Estimate]:
+    """Several knobs at once, where none alone makes a step fit: layers computed again, all split over all devices, and
+    as few microbatches as fit; empty where that is not enough."""
+    if any(e.total <= memory for e in (estimate, *turned.values())):
+        return {}
+    names = [name for name in turned if name.endswith("remat=full") or name.startswith("mesh.shape=")]
+    shape = next((turned[name].shape for name in names if name.startswith("mesh.")), estimate.shape)
+    model = next((turned[name].model for name in names if name.endswith("remat=full")), estimate.model)
+    accumulate = estimate.config.optim.accumulate
+    while not (rows := estimate.rows * estimate.config.optim.accumulate) % accumulate and accumulate <= rows:
+        config = with_value(model.config, "optim.accumulate", str(accumulate))
+        found = Estimate(model.with_config(config), shape)
+        if found.total <= memory:
+            more = accumulate > estimate.config.optim.accumulate
+            return {" ".join([*names, f"optim.accumulate={accumulate}"] if more else names): found}
+        accumulate *= 2
+    return {}
+
+
 def plan_table(
     config: Config,
     *,
@@ -138,6 +157,9 @@ def plan_table(
     data = abstract_data(config)
     model = Model.of(config, data)
     estimate = Estimate(model, shape)
+    turned = knobs(estimate)
+    if memory is not None:
+        turned |= together(estimate, turned, memory)
     sizes = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
     lines = [
         f"{num_devices} device(s): {sizes}; batch of {config.batch_size}, {estimate.rows} rows of it at a time on a device",
@@ -156,8 +178,8 @@ def plan_table(
         "",
         f"what to turn, and GB of a device then{'' if memory is None else f' (of {memory / 1e9:.3f})'}",
         *(
-            f"  {name:44}{turned.total / 1e9:10.3f}{_verdict(turned, memory)}"
-            for name, turned in knobs(estimate).items()
+            f"  {name:44}{changed.total / 1e9:10.3f}{_verdict(changed, memory)}"
+            for name, changed in turned.items()
         ),
     ]
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+from tiny_run import tiny_config
 
 from bvl.config import Config
 from bvl.data.pipeline import DataConfig
@@ -25,6 +26,7 @@ from bvl.train.collectives import Program as Hlo
 from bvl.train.estimate import Model, bytes_on_device, transfers
 from bvl.train.optim import OptimConfig
 from bvl.train.parameters import named_leaves
+from bvl.train.plan import plan_table
 from bvl.train.setup import plan_state
 from bvl.train.step import make_train_step
 
@@ -154,6 +156,13 @@ def test_transfers_are_those_of_fully_sharded_training():
     assert planned.keys() == measured.keys()
     for kind, size in planned.items():
         assert abs(measured[kind] - size) <= 0.1 * size, (kind, measured[kind], size)
+
+
+def test_the_plan_has_what_the_compiler_says():
+    table = plan_table(tiny_config(mesh=MeshConfig((1, 8, 1))), num_devices=8, compiled=True)
+    assert "data 1, fsdp 8, tensor 1; batch of 8, 1 rows" in table
+    for what in ("arguments", "temporaries", "all-gather", "all-reduce", "collective-permute"):
+        assert f"  CPU compiler, {what}" in table, table
 
 
 def test_parameters_and_optimiser_are_split_over_all_devices():
