@@ -32,6 +32,8 @@ DISTRIBUTED = "BVL_DISTRIBUTED"
 # The first host may train a tokenizer or index millions of records while the others wait. Were it to die, they would
 # know by its missing heartbeats.
 WAIT_S = 6 * 3600.0
+# Hosts of a cluster may start minutes apart, for example while one still fetches its image.
+START_WITHIN_S = 1800
 # Every host counts its messages alike, since all run the same program.
 _NUMBERS = itertools.count()
 
