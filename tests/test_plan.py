@@ -26,7 +26,7 @@ from bvl.tasks.detection import Detection
 from bvl.tasks.grounding import Grounding
 from bvl.tasks.region_caption import RegionCaption
 from bvl.train.abstract import abstract_batch, abstract_data, abstract_program
-from bvl.train.estimate import Model, bytes_of, bytes_on_device
+from bvl.train.estimate import Model, bytes_of, bytes_on_device, transfers
 from bvl.train.loop import train
 from bvl.train.optim import OptimConfig
 from bvl.train.plan import (
@@ -101,6 +101,26 @@ def test_knobs_do_what_they_say():
     # The same as planning the changed config.
     direct = estimate_of(deep_config("full", mesh=MeshConfig((4, 1, 1))), (4, 1, 1))
     assert turned[both.format("full")].memory == direct.memory
+
+
+def test_kernels_that_stay_gathered():
+    """Layers one after the other, not computed again: scanning them or computing them again lets kernels go."""
+    shape = (1, 4, 1)
+    towers = dict(width=64, depth=8, num_heads=4)
+    config = tiny_config(
+        model=DualEncoderConfig(image=ViTConfig("XXS/8", **towers), text=TextConfig(**towers), embed_dim=32)
+    )
+    estimate = estimate_of(config, shape)
+    turned = knobs(estimate)
+    scanned = turned["model.image.scan=true model.text.scan=true"]
+    full = turned["model.image.remat=full model.text.remat=full"]
+    of_layers = 16 * 4 * (12 * 64 * 64 + 13 * 64)
+    for other in (scanned, full):
+        saved = estimate.memory["working memory"] - other.memory["working memory"]
+        assert saved == pytest.approx(of_layers, rel=0.3)
+        more = transfers(other.model, shape)["all-gather"] / transfers(estimate.model, shape)["all-gather"]
+        assert 1.7 < more < 2
+    assert "model.image.scan=true model.text.scan=true" not in knobs(estimate_of(config, (4, 1, 1)))
 
 
 def test_several_knobs_where_one_is_not_enough():

@@ -143,20 +143,30 @@ def remat_towers(model: Any) -> dict[str, Any]:
     return {name: tower for name in TOWERS if hasattr(tower := getattr(model, name), "remat")}
 
 
+def gathered_again(config: Config, name: str) -> bool:
+    """Whether the backward pass gathers a parameter once more. Kernels of layers that stand one after the other and
+    are not computed again are gathered once, and stay until the backward pass is done with them."""
+    found = LAYER.search(name)
+    tower = remat_towers(config.model).get(name.split("/")[1])
+    return bool(found) and tower is not None and (found[1] == "blocks" or tower.remat != "none")
+
+
 def working_bytes(model: Model, shape: tuple[int, int, int], rows: int) -> float:
-    """What is needed for a moment: a layer's inside, the kernels of two layers, the blocks of losses."""
+    """What is needed for a moment: a layer's inside, gathered kernels, the blocks of losses."""
     config, (_, fsdp, tensor) = model.config, shape
     layers = sum(tower.sizes[1] for tower in remat_towers(config.model).values())
     inside = model.plain.on_device(rows, shape) / max(layers, 1)
     kernels = 0.0
     if fsdp > 1:
         sizes: dict[str, int] = {}
+        stay = 0
         for name, x in named_leaves(unbox(model.state.params)).items():
             found = LAYER.search(name)
             stacked = x.shape[0] if found and found[1] == "blocks" else 1
             layer = name[: found.end()] if found else name
             sizes[layer] = sizes.get(layer, 0) + bytes_of(x) // stacked
-        kernels = 2 * max(sizes.values()) / tensor
+            stay += bytes_of(x) if found and not gathered_again(config, name) else 0
+        kernels = (stay + 2 * max(sizes.values())) / tensor
     blocks = 0.0
     for task in config.tasks.values():
         if isinstance(task, Contrastive):
@@ -171,7 +181,7 @@ def working_bytes(model: Model, shape: tuple[int, int, int], rows: int) -> float
 def transfers(model: Model, shape: tuple[int, int, int]) -> dict[str, float]:
     """Bytes of each kind of transfer in one step, for one device: the larger of what it gives and gets, each time.
 
-    Kernels that fsdp splits are gathered in the forward pass and, those of layers, again in the backward pass, for each
+    Kernels that fsdp splits are gathered in the forward pass and, as `gathered_again` says, in the backward pass, for each
     microbatch; gradients are summed over the batch shards (written as all-reduce; accelerators scatter what fsdp
     splits). The tensor axis sums activations: two a layer forward, four backward and one more where the layer is computed
     again. The columns of a contrastive loss go round all batch shards once forward and once backward.
@@ -186,7 +196,7 @@ def transfers(model: Model, shape: tuple[int, int, int]) -> dict[str, float]:
         spec, x = shardings[name].spec, unbox(box)
         size = math.prod(x.shape) * x.dtype.itemsize / (tensor if "tensor" in spec else 1)
         if fsdp > 1 and "fsdp" in spec:
-            out["all-gather"] += size * accumulate * (2 if LAYER.search(name) else 1)
+            out["all-gather"] += size * accumulate * (2 if gathered_again(config, name) else 1)
         if shards > 1 and model.optimizer.trains(name):
             out["all-reduce"] += size * accumulate
     width = jnp.dtype(config.precision).itemsize

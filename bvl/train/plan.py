@@ -93,7 +93,10 @@ def knobs(estimate: Estimate) -> dict[str, Estimate]:
         for override in overrides:
             key, _, value = override.partition("=")
             changed = with_value(changed, key, value)
-        turned = model.computed_as(changed) if traced else model.with_config(changed)
+        if any("scan=" in override for override in overrides):
+            turned = Model.of(changed, model.data)
+        else:
+            turned = model.computed_as(changed) if traced else model.with_config(changed)
         if traced and changed.precision == config.precision:
             turned.__dict__["plain"] = model.plain
         found[" ".join(overrides)] = Estimate(turned, shape)
@@ -102,6 +105,10 @@ def knobs(estimate: Estimate) -> dict[str, Estimate]:
     for policy, weaker in (("dots", ("none",)), ("full", ("none", "dots"))):
         if changes := [f"model.{name}.remat={policy}" for name, now in remat.items() if now in weaker]:
             add(*changes, traced=True)
+    unrolled = [name for name in remat if not getattr(getattr(config.model, name), "scan", True)]
+    if fsdp > 1 and unrolled:
+        scanned = [f"model.{name}.scan=true" for name in unrolled]
+        add(*scanned, traced=True)
     if config.precision == "float32":
         add("precision=bfloat16", traced=True)
     if over_data > 1:
