@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_step import data, fast_compilation, make_program, one_device  # noqa: F401
 
-from bvl.mesh import MeshConfig, make_mesh, on_mesh, shardings_of, to_global, unbox
+from bvl.mesh import MeshConfig, make_mesh, on_mesh, place, shardings_of, split_rows, unbox, whole
 from bvl.tasks.contrastive import Contrastive
 from bvl.train.collectives import Program as Hlo
 from bvl.train.optim import OptimConfig, make_optimizer
@@ -36,13 +36,10 @@ def a_program(shape, dtype):
     )
 
 
-def batch(step):
-    return data()[1][step % 2]
-
-
-def held_out():
-    """A batch that no step sees: its gradient does not vanish, so that rounding stays small beside it."""
-    return data()[1][2]
+def batch(number, mesh):
+    """The first two batches are trained on. The gradient of the third, which no step sees, does not vanish, so that
+    rounding stays small beside it."""
+    return {key: split_rows(rows, mesh) for key, rows in data()[1][number].items()}
 
 
 def attention(query, key, value, *, mask, is_causal):
@@ -80,19 +77,22 @@ def curve(shape):
         program = a_program(shape, jnp.float64)
         shardings = shardings_of(boxed, program.mesh)
         step = make_train_step(program, optimizer, shardings)
-        state, losses, params = jax.device_put(state, shardings), [], {}
+        state, losses, params = place(state, shardings), [], {}
         for i in range(1, STEPS + 1):
-            state, metrics = step(state, {}, to_global(batch(i), program.mesh))
+            state, metrics = step(state, {}, batch(i % 2, program.mesh))
             losses.append(np.asarray(metrics["step"]["loss"][0]))
             if i in COMPARED:
-                params[i] = jax.tree.map(np.asarray, state.params)
+                params[i] = jax.tree.map(whole, state.params)
         return np.stack(losses), params
 
 
 @functools.cache
 def evaluated(shape):
-    """(step -> (loss, gradients) in float32 at the parameters of the run on one device after that step, the program)."""
-    reference = curve(None)[1]
+    return evaluate(shape, curve(None)[1])
+
+
+def evaluate(shape, reference):
+    """(step -> (loss, gradients) in float32 at the parameters that a run on one device had after that step, program)."""
     program, boxed = a_program(shape, jnp.float32), fresh_state()[1]
     params_shardings = shardings_of(boxed.params, program.mesh)
     extra = {name: task.init_extra(program.info) for name, task in program.tasks.items()}
@@ -104,11 +104,12 @@ def evaluated(shape):
         loss = lambda params: program.loss(params, extra, {}, batch, key, step)[0]  # noqa: E731
         return jax.value_and_grad(loss)(params)
 
-    batch = to_global(held_out(), program.mesh)
-    place = lambda params: jax.device_put(jax.tree.map(np.float32, params), params_shardings)  # noqa: E731
+    def at(params):
+        return place(jax.tree.map(np.float32, params), params_shardings), batch(2, program.mesh)
+
     jitted = jax.jit(value_and_grad, out_shardings=(None, params_shardings))
-    compiled = jitted.lower(place(reference[1]), batch).compile()
-    return {i: jax.device_get(compiled(place(params), batch)) for i, params in reference.items()}, compiled
+    compiled = jitted.lower(*at(reference[1])).compile()
+    return {i: jax.tree.map(whole, compiled(*at(params))) for i, params in reference.items()}, compiled
 
 
 @pytest.mark.parametrize("shape", MESHES)
