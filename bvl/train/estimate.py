@@ -195,10 +195,12 @@ def transfers(model: Model, shape: tuple[int, int, int]) -> dict[str, float]:
     for name, box in leaves.items():
         spec, x = shardings[name].spec, unbox(box)
         size = math.prod(x.shape) * x.dtype.itemsize / (tensor if "tensor" in spec else 1)
+        # Read a second time for the logits, forward and backward, with a gradient of its own.
+        tied = name == "model/decoder/token_embed" and config.model.decoder.tied_head
         if fsdp > 1 and "fsdp" in spec:
-            out["all-gather"] += size * accumulate * (2 if gathered_again(config, name) else 1)
+            out["all-gather"] += size * accumulate * (2 if gathered_again(config, name) else 1 + 2 * tied)
         if shards > 1 and model.optimizer.trains(name):
-            out["all-reduce"] += size * accumulate
+            out["all-reduce"] += size * accumulate * (1 + tied)
     width = jnp.dtype(config.precision).itemsize
     if tensor > 1:
         for tower, tokens in _tokens(model).items():
