@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh
@@ -175,7 +176,7 @@ def plan_table(
         "memory of a device, GB (an estimate)",
         *(f"  {what:28}{size / 1e9:10.3f}" for what, size in estimate.memory.items()),
         f"  {'total':28}{estimate.total / 1e9:10.3f}{_verdict(estimate, memory)}",
-        *(_compiled_lines(config, data, num_devices) if compiled else ()),
+        *(compiled_lines(compiled_step(config, data, num_devices)) if compiled else ()),
         "",
         f"work of a step: {model.flops:.4g} FLOPs, {model.flops / num_devices:.4g} on a device"
         + (f", {model.flops / num_devices / peak_flops:.4g} s at its best" if peak_flops else ""),
@@ -221,25 +222,26 @@ def _verdict(estimate: Estimate, memory: int | None) -> str:
     return f"   {fits} {memory / 1e9:.3f} ({estimate.total / memory:.0%})"
 
 
-def _compiled_lines(config: Config, data: AbstractData, num_devices: int) -> list[str]:
-    """What the CPU compiler needs for a device, with the transfers that it writes."""
+def compiled_step(config: Config, data: AbstractData, num_devices: int) -> jax.stages.Compiled:
+    """The training step compiled for the first `num_devices` devices of this process; no array is made."""
     mesh = make_mesh(config.mesh, devices=jax.devices()[:num_devices])
     program = abstract_program(config, data, mesh)
     plan = plan_state(config, program)
-    shardings = replicated(mesh), batch_sharding(mesh)
-    frozen = dict.fromkeys(program.frozen, plan.target.params["model"])
-    frozen, batch = (
-        jax.tree.map(lambda x, s=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree)
-        for sharding, tree in zip(
-            shardings, (frozen, abstract_batch(config, data, config.batch_size)), strict=True
-        )
+
+    def placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    frozen = placed(dict.fromkeys(program.frozen, plan.target.params["model"]), replicated(mesh))
+    batch = placed(abstract_batch(config, data, config.batch_size), batch_sharding(mesh))
+    return (
+        make_train_step(program, plan.optimizer, plan.shardings).lower(plan.target, frozen, batch).compile()
     )
-    step = make_train_step(program, plan.optimizer, plan.shardings)
-    compiled = step.lower(plan.target, frozen, batch).compile()
-    memory = compiled.memory_analysis()
-    moved = Hlo(compiled.as_text()).bytes_by_kind()
-    return [
-        f"  {'CPU compiler, arguments':28}{memory.argument_size_in_bytes / 1e9:10.3f}",
-        f"  {'CPU compiler, temporaries':28}{memory.temp_size_in_bytes / 1e9:10.3f}   (an accelerator's compiler fuses more)",
-        *(f"  {f'CPU compiler, {kind}':28}{size / 1e9:10.3f} moved" for kind, size in moved.items()),
-    ]
+
+
+def compiled_lines(compiled: jax.stages.Compiled) -> list[str]:
+    """What the CPU compiler needs on a device, and the transfers that it writes."""
+    memory, moved = compiled.memory_analysis(), Hlo(compiled.as_text()).bytes_by_kind()
+    lines = {"arguments": (memory.argument_size_in_bytes, "")}
+    lines["temporaries"] = memory.temp_size_in_bytes, "   (an accelerator's compiler fuses more)"
+    lines |= {kind: (size, "   moved") for kind, size in moved.items()}
+    return [f"  CPU compiler, {what:14}{size / 1e9:10.3f}{note}" for what, (size, note) in lines.items()]

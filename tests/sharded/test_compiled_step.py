@@ -6,29 +6,25 @@ Nothing is allocated: the program is lowered for shapes, and its optimised HLO r
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
-from tiny_run import tiny_config
 
 from bvl.config import Config
 from bvl.data.pipeline import DataConfig
 from bvl.data.sources import Source
 from bvl.data.text import TokenizerConfig
 from bvl.data.transforms import Preprocess
-from bvl.mesh import MeshConfig, batch_sharding, make_mesh
+from bvl.mesh import MeshConfig
 from bvl.models.text import TextConfig
 from bvl.models.vit import ViTConfig
 from bvl.models.vlm import DualEncoderConfig
 from bvl.tasks.contrastive import Contrastive
-from bvl.train.abstract import abstract_batch, abstract_data, abstract_program
+from bvl.train.abstract import abstract_data
 from bvl.train.collectives import Program as Hlo
 from bvl.train.estimate import Model, bytes_on_device, transfers
 from bvl.train.optim import OptimConfig
 from bvl.train.parameters import named_leaves
-from bvl.train.plan import plan_table
-from bvl.train.setup import plan_state
-from bvl.train.step import make_train_step
+from bvl.train.plan import compiled_lines, compiled_step
 
 ROWS, CONTEXT, VOCABULARY, EMBED = 8192, 77, 49408, 768
 VIT_L = dict(pool="cls", pre_norm=True, patch_bias=False, activation="quick_gelu")
@@ -46,40 +42,38 @@ def a_config(image, text, embed, batch_size, image_size):
             tokenizer=TokenizerConfig(vocab_size=VOCABULARY, context_length=CONTEXT),
         ),
         optim=OptimConfig(warmup_steps=10),
+        mesh=MeshConfig((1, 8, 1)),
     )
 
 
 @dataclasses.dataclass
 class Compiled:
     model: Model
-    state: Any  # shapes with shardings
+    step: jax.stages.Compiled
     hlo: Hlo
 
     def collectives(self, kind):
         return [c for c in self.hlo.collectives() if c.kind == kind]
 
+    @property
+    def state(self):
+        """Shapes with their shardings, as the program takes them."""
+        (state, _, _), _ = self.step.args_info
+        shardings = self.step.input_shardings[0][0]
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
-def compile_step(config, shape):
-    mesh = make_mesh(MeshConfig(shape))
+
+def compile_step(config):
     data = abstract_data(config)
-    program = abstract_program(config, data, mesh)
-    plan = plan_state(config, program)
-    rows = batch_sharding(mesh)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
-        abstract_batch(config, data, config.batch_size),
-    )
-    step = make_train_step(program, plan.optimizer, plan.shardings)
-    return Compiled(
-        Model.of(config, data), plan.target, Hlo(step.lower(plan.target, {}, batch).compile().as_text())
-    )
+    step = compiled_step(config, data, 8)
+    return Compiled(Model.of(config, data), step, Hlo(step.as_text()))
 
 
 @functools.cache
 def vit_l():
     options = dict(scan=True, remat="full")
     text = TextConfig(width=768, depth=12, num_heads=12, **options)
-    return compile_step(a_config(ViTConfig("L/14", **VIT_L, **options), text, EMBED, ROWS, 224), (1, 8, 1))
+    return compile_step(a_config(ViTConfig("L/14", **VIT_L, **options), text, EMBED, ROWS, 224))
 
 
 def bytes_of(shape):
@@ -159,10 +153,15 @@ def test_transfers_are_those_of_fully_sharded_training():
 
 
 def test_the_plan_has_what_the_compiler_says():
-    table = plan_table(tiny_config(mesh=MeshConfig((1, 8, 1))), num_devices=8, compiled=True)
-    assert "data 1, fsdp 8, tensor 1; batch of 8, 1 rows" in table
-    for what in ("arguments", "temporaries", "all-gather", "all-reduce", "collective-permute"):
-        assert f"  CPU compiler, {what}" in table, table
+    lines = compiled_lines(vit_l().step)
+    assert [line.split()[2] for line in lines[:2]] == ["arguments", "temporaries"]
+    assert {line.split()[2] for line in lines[2:]} == {"all-gather", "all-reduce", "collective-permute"}
+    arguments = float(lines[0].split()[3])
+    # Parameters, two moments and a device's rows.
+    held = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(vit_l().state)
+    )
+    assert held / 1e9 < arguments < 1.3 * held / 1e9
 
 
 def test_parameters_and_optimiser_are_split_over_all_devices():
