@@ -186,7 +186,7 @@ def plan_table(
         "",
         f"what to turn, and GB of a device then{'' if memory is None else f' (of {memory / 1e9:.3f})'}",
         *(
-            f"  {name:44}{changed.total / 1e9:10.3f}{_verdict(changed, memory)}"
+            f"  {name:{max(map(len, turned))}}{changed.total / 1e9:10.3f}{_verdict(changed, memory)}"
             for name, changed in turned.items()
         ),
     ]
