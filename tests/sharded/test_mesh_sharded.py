@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from bvl.losses.contrastive import softmax_loss
 from bvl.mesh import (
     BATCH_AXES,
     LOGICAL_RULES,
     MeshConfig,
-    batch_sharding,
     init_sharded,
     make_mesh,
-    shardings_of,
     to_global,
 )
 from bvl.models.text import TextConfig
@@ -31,7 +28,6 @@ HOST_BATCH = {
     "text": np.concatenate([RNG.integers(4, 64, (BATCH, 7)), np.full((BATCH, 1), 3)], 1).astype(np.int32),
 }
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
@@ -70,30 +66,6 @@ def start():
     return jax.device_get(initialised(None)[0])
 
 
-@functools.cache
-def run(shape):
-    """(loss, gradients, shardings) of one training-like step; shape None = one device."""
-    model = make_model()
-    mesh = one_device() if shape is None else make_mesh(MeshConfig(shape))
-    abstract = jax.eval_shape(functools.partial(initialise, model=model), jax.random.key(1))
-    shardings = shardings_of(abstract, mesh)
-    params = jax.device_put(start(), shardings)
-
-    def loss(params, batch):
-        image = model.apply({"params": params}, batch["image"], method="encode_image").embed
-        text = model.apply({"params": params}, batch["text"], batch["text"] > 0, method="encode_text").embed
-        scale, _ = model.apply({"params": params}, method="logit_scale_and_bias")
-        return softmax_loss(image, text, scale=scale, mesh=mesh)
-
-    step = jax.jit(
-        jax.value_and_grad(loss),
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(None, shardings),
-        compiler_options=FAST_COMPILE,
-    )
-    return *step(params, to_global(HOST_BATCH, mesh)), shardings
-
-
 @pytest.mark.parametrize("pool, scan", [("cls", False), ("map", False), ("mean", True)])
 def test_every_parameter_is_matched_by_a_rule(pool, scan):
     model = make_model(pool, scan, -10.0)
@@ -125,22 +97,6 @@ def test_parameters_are_born_sharded_and_equal_to_those_of_one_device():
     for leaf, sharding, expected in zip(*map(jax.tree.leaves, (params, shardings, start())), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
         np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("shape", MESHES)
-def test_a_training_step_equals_one_device(shape):
-    (expected, expected_grads, _), (value, grads, shardings) = run(None), run(shape)
-    assert float(expected) > 0.1
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    leaves = zip(*map(jax.tree.leaves, (grads, expected_grads, shardings)), strict=True)
-    for (path, _), (x, y, sharding) in zip(jax.tree_util.tree_leaves_with_path(grads), leaves, strict=True):
-        assert x.sharding.is_equivalent_to(sharding, x.ndim)
-        x, y, where = np.asarray(x), np.asarray(y), jax.tree_util.keystr(path)
-        if where.endswith("['key']['bias']"):
-            # The softmax does not see it: the gradient is zero but for rounding.
-            assert max(np.abs(x).max(), np.abs(y).max()) < 1e-6
-        else:
-            assert np.abs(x - y).max() <= 1e-5 * np.abs(y).max(), where
 
 
 @pytest.mark.parametrize("shape", MESHES)
