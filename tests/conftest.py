@@ -8,7 +8,15 @@ import pytest
 TESTS = Path(__file__).parent
 SHARDED = TESTS / "sharded"
 # Those that take longest begin first, so that no worker of `pytest -n` is left with one at the end.
-LONGEST = ("test_sharded.py", "test_loop.py", "test_step.py", "test_mechanisms.py", "test_grounding.py")
+LONGEST = (
+    "test_sharded.py",
+    "test_mechanisms.py",
+    "test_loop.py",
+    "test_hosts.py",
+    "test_step.py",
+    "test_end_to_end.py",
+    "test_system_configs.py",
+)
 
 
 def pytest_addoption(parser):

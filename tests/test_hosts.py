@@ -1,5 +1,6 @@
 """How processes find each other, and what several of them make of a run: the same as one with as many devices."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -127,6 +128,9 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one(runs):
         assert later[2][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
+FOUR = "four processes take half a minute: set BVL_ALL_TESTS=1"
+
+
 @pytest.fixture(scope="module")
 def gradients(runs):
     """(processes, devices of each) -> loss, gradients and records at the same checkpoint of 2 x 4 devices."""
@@ -144,7 +148,12 @@ def gradients(runs):
 
 
 @pytest.mark.parametrize(
-    "processes, devices, mesh", [(2, 4, "2,2,2"), (1, 8, "1,8,1"), (4, 2, "8,1,1")]
+    "processes, devices, mesh",
+    [
+        (2, 4, "2,2,2"),
+        (1, 8, "1,8,1"),
+        pytest.param(4, 2, "8,1,1", marks=pytest.mark.skipif("BVL_ALL_TESTS" not in os.environ, reason=FOUR)),
+    ],
 )
 def test_a_checkpoint_means_the_same_on_other_hosts(gradients, expected, processes, devices, mesh):
     found = gradients(processes, devices, mesh)
@@ -154,7 +163,9 @@ def test_a_checkpoint_means_the_same_on_other_hosts(gradients, expected, process
     largest = max(np.abs(x).max() for name, x in expected.items() if name not in ("record", "row"))
     for name, value in expected.items():
         # Arrays that are all but zero are measured by the largest of all.
-        error = np.abs(found[name] - value).max() / max(np.abs(value).max(), 1e-2 * largest)
+        # The gradient of the scale is a sum of logits, some 10, of either sign: its rounding is theirs.
+        least = 1.0 if name == "model/log_scale" else 1e-2 * largest
+        error = np.abs(found[name] - value).max() / max(np.abs(value).max(), least)
         assert error <= 1e-5, (name, error)
 
 
