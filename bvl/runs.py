@@ -31,7 +31,7 @@ from bvl.data.images import open_image
 from bvl.data.text import Tokenizer
 from bvl.data.transforms import Preprocess, Transformed, apply
 from bvl.errors import CheckpointError, RunFolderError
-from bvl.mesh import MeshConfig, make_mesh, replicated, rows_on_devices, split_rows, whole
+from bvl.mesh import MeshConfig, make_mesh, on_mesh, replicated, rows_on_devices, split_rows, whole
 from bvl.models.features import ImageFeatures, TextFeatures
 from bvl.models.vlm import DualEncoder, normalize_image
 
@@ -180,10 +180,12 @@ class Encoder:
     def __init__(self, model: DualEncoder, preprocess: Preprocess, mesh: jax.sharding.Mesh):
         self.mesh, self.preprocess = mesh, preprocess
 
+        @on_mesh(mesh)
         def image(params, image, need):
             image = normalize_image(image, preprocess.mean, preprocess.std, model.dtype)
             return model.apply({"params": params}, image, need, method="encode_image")
 
+        @on_mesh(mesh)
         def text(params, tokens, mask, need):
             return model.apply({"params": params}, tokens, mask, need, method="encode_text")
 
