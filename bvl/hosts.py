@@ -15,6 +15,7 @@ compiled program, and in which a host that waits is ended where the one it waits
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -36,6 +37,7 @@ WAIT_S = 6 * 3600.0
 START_WITHIN_S = 1800
 # Every host counts its messages alike, since all run the same program.
 _NUMBERS = itertools.count()
+_stage: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 def arguments(environment: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
@@ -127,7 +129,11 @@ def initialise(*, timeout_s: float = 100.0) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     try:
         # JAX aborts the process without a name, so that it should be the second to notice.
-        jax.distributed.initialize(**found, heartbeat_timeout_seconds=round(2 * timeout_s) + 10)
+        jax.distributed.initialize(
+            **found,
+            heartbeat_timeout_seconds=round(2 * timeout_s) + 10,
+            initialization_timeout=START_WITHIN_S,
+        )
     except Exception as error:
         where = found.get("coordinator_address", "the hosts that JAX found")
         raise UserError(f"the processes of this run did not find each other at {where}: {error}") from error
@@ -160,6 +166,12 @@ def client() -> Any:
     return distributed.global_state.client
 
 
+def name_waits(stage: Callable[[str], contextlib.AbstractContextManager]) -> None:
+    """Wait for other hosts within `stage("barrier: ...")` from now on, for a watchdog to name."""
+    global _stage
+    _stage = stage
+
+
 def broadcast(value: Any = None) -> Any:
     """What the first host gives, on every host: anything that JSON can hold."""
     if count() == 1:
@@ -168,7 +180,8 @@ def broadcast(value: Any = None) -> Any:
     if is_first():
         client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(client().blocking_key_value_get(key, int(WAIT_S * 1000)))
+    with _stage("barrier: what host 0 says"):
+        return json.loads(client().blocking_key_value_get(key, int(WAIT_S * 1000)))
 
 
 def gather(value: Any) -> list[Any]:
@@ -177,17 +190,18 @@ def gather(value: Any) -> list[Any]:
         return [value]
     number = next(_NUMBERS)
     client().key_value_set(f"bvl/gather/{number}/{index()}", json.dumps(value))
-    wait = int(WAIT_S * 1000)
-    return [
-        json.loads(client().blocking_key_value_get(f"bvl/gather/{number}/{host}", wait))
-        for host in range(count())
-    ]
+    wait, values = int(WAIT_S * 1000), []
+    for host in range(count()):
+        with _stage(f"barrier: what host {host} says"):
+            values.append(json.loads(client().blocking_key_value_get(f"bvl/gather/{number}/{host}", wait)))
+    return values
 
 
 def barrier(name: str) -> None:
     """Until every host is here."""
     if count() > 1:
-        client().wait_at_barrier(f"bvl/{name}/{next(_NUMBERS)}", int(WAIT_S * 1000))
+        with _stage(f"barrier: {name}"):
+            client().wait_at_barrier(f"bvl/{name}/{next(_NUMBERS)}", int(WAIT_S * 1000))
 
 
 def on_first(function: Callable[[], Any]) -> None:

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -35,6 +35,8 @@ from bvl.mesh import MeshConfig, make_mesh, on_mesh, replicated, rows_on_devices
 from bvl.models.features import ImageFeatures, TextFeatures
 from bvl.models.vlm import DualEncoder, normalize_image
 
+# A listing of runs holds the lock for an instant.
+LOCKED_WITHIN_S = 2.0
 # How long a host waits to see what the first one has written.
 SHARED_WITHIN_S = 30.0
 
@@ -88,23 +90,23 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"workdir {self.path} cannot be written: {error.strerror}") from error
         with file:
-            try:
-                # The kernel drops the lock with the process, also after kill -9.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise RunFolderError(
-                    f"workdir {self.path} is in use by {holder}; stop that run or choose another workdir"
-                ) from None
+            end = time.monotonic() + LOCKED_WITHIN_S
+            while not _locked(file):
+                if time.monotonic() > end:
+                    file.seek(0)
+                    holder = file.read().strip() or "another process"
+                    raise RunFolderError(
+                        f"workdir {self.path} is in use by {holder}; stop that run or choose another workdir"
+                    )
+                time.sleep(0.1)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
             yield
 
     def has_checkpoint(self) -> bool:
-        """Is there a complete checkpoint to go on from?"""
-        return bool(complete_steps(self.checkpoints))
+        """Is there a complete checkpoint to go on from? As the first host sees it, on all."""
+        return hosts.broadcast(bool(complete_steps(self.checkpoints)))
 
     def claim(self, config: config_lib.Config, *, force: bool) -> None:
         """Check that the folder is free or was started with this config; a free one gets its config.json.
@@ -120,7 +122,7 @@ class RunFolder:
             raise RunFolderError(
                 f"workdir {self.path} holds a config.json of something else; choose another workdir"
             )
-        if not self.has_checkpoint():
+        if not complete_steps(self.checkpoints):
             if self.config.is_file():
                 for file in (self.tokenizer, self.classes, self.env, self.calibration):
                     file.unlink(missing_ok=True)
@@ -143,6 +145,15 @@ class RunFolder:
         """Write config.json and preprocess.json, once the folder's checkpoint is known to fit them."""
         write_atomic(self.config, config_lib.dump(config))
         write_atomic(self.preprocess, json.dumps(config.data.preprocess.to_dict(), indent=2) + "\n")
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        # The kernel drops the lock with the process, also after kill -9.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _text_of(path: Path) -> str | None:
@@ -359,7 +370,8 @@ def save_components(components: Components, folder: Path) -> None:
 
 
 def _choose(checkpoints: Checkpoints, wanted: str | int, config: config_lib.Config, path: Path) -> int:
-    steps = checkpoints.steps()
+    # A run that is still in training may have another one when the next host looks.
+    steps = hosts.broadcast(checkpoints.steps())
     if not steps:
         raise CheckpointError(f"{path} has no complete checkpoint yet")
     if wanted == "latest":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bvl.cli.options import (
     DECODING,
@@ -17,6 +18,9 @@ from bvl.cli.options import (
     positive_or_all,
     reading,
 )
+
+if TYPE_CHECKING:
+    from bvl.config import Config
 
 
 def add_runs(verbs) -> None:
@@ -80,11 +84,18 @@ def add_runs(verbs) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from bvl import config as config_lib
+    from bvl.train.survive import exit_on_signals
 
     config = config_lib.load_config(args.config, args.overrides)
     if args.dry_run:
         print(config_lib.dump(config), end="")
         return 0
+    # Hosts may wait long for each other.
+    with exit_on_signals():
+        return _train_config(config, force=args.force)
+
+
+def _train_config(config: Config, *, force: bool) -> int:
     from bvl import hosts
 
     # Before anything asks JAX for its devices.
@@ -95,7 +106,7 @@ def _train(args: argparse.Namespace) -> int:
     from bvl.train.metrics_log import quiet_other_hosts
 
     quiet_other_hosts()
-    code = train(config, force=args.force)
+    code = train(config, force=force)
     run = RunFolder(config.workdir)
     if code == 0 and hosts.is_first() and run.eval.is_file():
         start = run.evals / f"{BEFORE}.json"

@@ -3,12 +3,15 @@
 Every host counts up a number of its own in the key-value store of `jax.distributed`, which needs no device; the first
 host, where the store is, looks for numbers that stand still, and the others look at the first host's. JAX has
 heartbeats too, but what they print names nobody, and a collective that waits for a dead host never returns. Where the
-first host dies JAX aborts the others within a second; its abort is caught here, to say why and to end with code 1.
+first host dies JAX aborts the others within a second; its abort is caught here, to say why.
+
+Those who lost another end with EXIT_PEER_LOST; where a host says why it stops, all end with its code.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -20,6 +23,7 @@ import jax
 
 from bvl import hosts
 from bvl.errors import UserError
+from bvl.train.survive import EXIT_INTERRUPTED, EXIT_PEER_LOST
 
 logger = logging.getLogger("bvl.hosts")
 
@@ -45,7 +49,6 @@ class Peers:
         if not self._others:
             return
         self._client = hosts.client()
-        # One folder of keys for each start within a process: all hosts count alike.
         self._names: list[str] = hosts.gather(hosts.describe())
         now = time.monotonic()
         watched = range(1, hosts.count()) if hosts.is_first() else [0]
@@ -80,16 +83,19 @@ class Peers:
             # Whoever still beats does so within seconds.
             self._limit = min(self._timeout, MISSING * self._beat + 1.0)
             time.sleep(self._limit + 2 * self._beat)
-        _quietly(
-            lambda: self._client.key_value_set(
-                f"{STOPPED}/{hosts.index()}", f"{hosts.describe()} stopped: {_first_line(error)}", True
-            )
-        )
+        code, why = 1, f"stopped: {_first_line(error)}"
+        if isinstance(error, KeyboardInterrupt):
+            code, why = EXIT_INTERRUPTED, "was interrupted"
+        elif isinstance(error, SystemExit) and isinstance(error.code, int):
+            code, why = error.code, "was asked to stop"
+        _quietly(lambda: self._tell_end(hosts.index(), f"{hosts.describe()} {why}", code))
         self.close()
-        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         timer = threading.Timer(EXIT_WITHIN_S, os._exit, args=(code,))
         timer.daemon = True
         timer.start()
+
+    def _tell_end(self, host: int, what: str, code: int) -> None:
+        self._client.key_value_set(f"{STOPPED}/{host}", json.dumps([what, code]), True)
 
     def _tell(self) -> None:
         """Signs of life to and from the store; a call may hang where the first host does."""
@@ -102,7 +108,7 @@ class Peers:
     def _look(self) -> None:
         told = self._client.key_value_dir_get(STOPPED)
         if told and not self._closed.is_set():
-            self._end(told[0][1])
+            self._end(*json.loads(told[0][1]))
         now = time.monotonic()
         for key, value in self._client.key_value_dir_get(ALIVE):
             host = int(key.rsplit("/", 1)[-1])
@@ -119,8 +125,8 @@ class Peers:
                         f"(survive.host_timeout_s={self._timeout:g})"
                     )
                     if hosts.is_first():
-                        self._client.key_value_set(f"{STOPPED}/{host}", what, True)
-                    self._end(what)
+                        _quietly(lambda h=host, w=what: self._tell_end(h, w, EXIT_PEER_LOST))
+                    self._end(what, EXIT_PEER_LOST)
 
     def _aborted(self, _number: int) -> None:
         now = time.monotonic()
@@ -132,9 +138,9 @@ class Peers:
             f"goes on from the last checkpoint\n"
         )
         os.write(2, text.encode())
-        os._exit(1)
+        os._exit(EXIT_PEER_LOST)
 
-    def _end(self, what: str) -> None:
+    def _end(self, what: str, code: int) -> None:
         if not self._ending.acquire(blocking=False):
             return
         logger.error(
@@ -144,7 +150,7 @@ class Peers:
             # The others read the reason from this host's store.
             time.sleep(2 * self._beat)
         # The main thread may hang in a collective, where no exception reaches it.
-        os._exit(1)
+        os._exit(code)
 
 
 def _handle_abort(handler: Any) -> None:

@@ -334,7 +334,7 @@ def first_state(
             raise CheckpointError(f"resume_from={config.resume_from}: no checkpoints there")
         other = Checkpoints(folder, read_only=True, tokenizer=tokenizer.hash)
         try:
-            step = other.latest()
+            step = hosts.broadcast(other.latest())
             if step is None:
                 raise CheckpointError(f"resume_from={config.resume_from}: no complete checkpoint there")
             if step >= config.steps:

@@ -15,7 +15,7 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bvl.errors import ConfigError
-from bvl.mesh import BATCH_AXES, batch_sharding, num_batch_shards, on_mesh, replicated
+from bvl.mesh import AXES, BATCH_AXES, batch_sharding, num_batch_shards, on_mesh, replicated
 from bvl.tasks.base import Features, Task
 from bvl.train.optim import Optimizer
 from bvl.train.parameters import STATISTICS, group_of, map_by_name, merge, parameter_name
@@ -65,7 +65,7 @@ def make_train_step(
     @on_mesh(mesh)
     def step(state: TrainState, frozen_params: dict[str, Any], batch: dict[str, jax.Array]):
         rng = jax.random.fold_in(jax.random.key(program.seed), state.step)
-        requests = {STOP: batch[STOP].max()} if STOP in batch else {}
+        requests = {STOP: _largest(batch[STOP], mesh)} if STOP in batch else {}
         batch = program.prepare({name: x for name, x in batch.items() if name != STOP}, rng)
         trained, frozen = optimizer.split(state.params)
         # With respect to the trained parameters alone: for the others no backward pass exists.
@@ -121,6 +121,17 @@ def make_train_step(
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def _largest(requests: jax.Array, mesh: Mesh) -> jax.Array:
+    """Over all devices: where a tensor axis goes over hosts, these hold the same rows and may differ in them."""
+    return jax.shard_map(
+        lambda x: jax.lax.pmax(x.max(), AXES),
+        mesh=mesh,
+        in_specs=PartitionSpec(BATCH_AXES),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(requests)
 
 
 def _accumulated(

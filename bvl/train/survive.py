@@ -3,6 +3,7 @@
     0    complete
     143  asked to stop by SIGTERM or SIGUSR1: everything is saved and the same command goes on; launchers requeue on it
     130  the same by Ctrl-C; not to be requeued
+    75   another host has died or gave no sign of life; the same command goes on from the last checkpoint
     1    a problem that the message explains, or a crash
     2    wrong usage
 
@@ -28,6 +29,8 @@ logger = logging.getLogger("bvl.hosts")
 # What a shell reports for a process that a signal ended: 128 + number.
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+# EX_TEMPFAIL of sysexits.h.
+EXIT_PEER_LOST = 75
 EXIT_CODES = {
     signal.SIGINT: EXIT_INTERRUPTED,
     signal.SIGTERM: EXIT_TERMINATED,
