@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import logging
+import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,8 @@ class Checkpoints:
 
         optional: items taken as they are, with this sharding for all their arrays, where the step has them.
         verify: compare the files with their checksums (of several hosts, the first one does).
-        Raises CheckpointError, with the names of the first arrays that differ where it is the shapes.
+        Raises CheckpointError, with the names of the first arrays that differ where it is the shapes, and JAX's own
+        error where the devices are out of memory.
         """
         where = f"checkpoint {self.folder / str(step)}"
         if verify and hosts.is_first():
@@ -200,6 +202,9 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:  # a damaged file surfaces as many types
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+                # The devices are too small; nothing is wrong with the files.
+                raise
             raise CheckpointError(f"{where} cannot be read: {_short(error)}") from error
 
     def _check_tokenizer(self, step: int, where: str) -> None:
@@ -301,6 +306,10 @@ class Checkpoints:
     def _failed(self, error: Exception) -> CheckpointError:
         good = self.latest()
         failed, self._saving = self._saving, None
+        if hosts.is_first():
+            # On a full disk a half-written folder would take the space of the next try.
+            for folder in self.folder.glob(f"{failed}.*tmp*"):
+                shutil.rmtree(folder, ignore_errors=True)
         return CheckpointError(
             f"the checkpoint of step {failed} could not be saved under {self.folder}: {_short(error)}. Free space or "
             f"check the folder's permissions; the same command goes on from "

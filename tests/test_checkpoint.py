@@ -209,6 +209,24 @@ def test_other_shapes_are_named(folder):
     checkpoints.close()
 
 
+def test_devices_without_memory_damage_no_checkpoint(folder, monkeypatch):
+    write(folder, [2, 4])
+    checkpoints = Checkpoints(folder)
+    for text, error in (
+        ("RESOURCE_EXHAUSTED: Out of memory", jax.errors.JaxRuntimeError),
+        ("INTERNAL", CheckpointError),
+    ):
+
+        def fail(*_, text=text):
+            raise jax.errors.JaxRuntimeError(text)
+
+        monkeypatch.setattr(checkpoints, "_restore", fail)
+        with pytest.raises(error, match=text):
+            checkpoints.restore_latest(abstract())
+    assert checkpoints.steps() == [2, 4]
+    checkpoints.close()
+
+
 def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -222,6 +240,9 @@ def test_full_disk_at_the_start_of_a_save(folder, monkeypatch):
     ):
         checkpoints.save(6, items(6))
         checkpoints.wait()
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4"], (
+        "a left-over takes the space of the next save"
+    )
     checkpoints.close()
     monkeypatch.undo()
     assert restored_step(folder) == 4
@@ -238,6 +259,7 @@ def test_full_disk_in_the_background(folder, monkeypatch, caplog):
         CheckpointError, match="step 6 could not be saved.*No space left.*goes on from step 4"
     ):
         checkpoints.save(8, items(8))
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4"]
     checkpoints.close()
     monkeypatch.undo()
     assert restored_step(folder) == 4

@@ -1,12 +1,14 @@
 """The watchdog: what is said of a stage that hangs, and what ends the process."""
 
+import errno
+import os
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 
-from bvl.train.watchdog import Watchdog
+from bvl.train.watchdog import Watchdog, stacks
 
 
 def wait_until(condition, seconds=20.0):
@@ -41,6 +43,20 @@ def test_a_stuck_stage_is_named_with_its_stack(caplog):
         "the stage 'data' has lasted" in reports(caplog)[0] and "survive.watchdog_s=0.1" in reports(caplog)[0]
     )
     assert "in hang_in_the_reader" in reports(caplog)[0]
+
+
+def test_without_a_temporary_file_there_are_no_stacks(monkeypatch, caplog):
+    """As on a full disk; the stage is named all the same, again and again."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    assert "No space left" in stacks()
+    watchdog = Watchdog(0.05)
+    watchdog.enter("data")
+    wait_until(lambda: len(reports(caplog)) >= 2)
+    watchdog.close()
 
 
 def test_an_inner_stage_begins_the_outer_one_anew():

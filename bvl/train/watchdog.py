@@ -88,8 +88,13 @@ class Watchdog:
 
 
 def stacks() -> str:
-    """The Python stack of every thread."""
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read()
+    """The Python stack of every thread, or why there is none."""
+    try:
+        # Not by the module traceback, which reads sources and could hang with the file system.
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read()
+    except OSError as error:
+        # The watchdog must not end with a full disk.
+        return f"none, no temporary file can be written: {error}"
