@@ -120,6 +120,13 @@ class TestCommandLine:
         assert run("launch", config, "workdir=w", "mesh.hosts=3", "mesh.shape=(4,1,1)", "--on", "tpu-vm",
                    "--tpu", "t", "--zone", "z", "--dry-run") == 0  # fmt: skip
 
+    @pytest.mark.parametrize("target", ["local", "slurm"])
+    def test_jobs_without_a_sweep(self, config, target, capsys):
+        words = ("launch", config, "workdir=w", "--on", target, "--jobs", "2", "--dry-run")
+        assert run(*words) == 1
+        assert "--jobs goes with --sweep" in capsys.readouterr().err
+        assert run(*words, "--sweep", "seed=1,2") == 0
+
     def test_options_of_another_target(self, config, capsys):
         assert run("launch", config, "workdir=w", "--on", "local", "--partition", "gpu") == 1
         assert "--on local takes no --partition; it takes --hosts" in capsys.readouterr().err
@@ -251,11 +258,21 @@ class TestSlurm:
         process.wait(20)
         assert "my config.py" in process.seen().splitlines()
 
+    @pytest.mark.parametrize("setup, code", [("false  # a comment", 1), ("export CODE=7", 7)])
+    def test_setup_that_fails_ends_the_job(self, start, setup, code):
+        process = start(script_of([JOB], setup=setup))
+        assert process.wait(20) == code
+        assert ("ready" in process.seen()) == (code == 7)
+
     @pytest.mark.parametrize(
         "code, options, environment, requeued",
         [
             (143, {}, {}, True),
             (1, {}, {}, False),
+            # A lost host, which might be lost again and again.
+            (75, {}, {}, False),
+            (75, {"restarts": 2}, {}, True),
+            (75, {"restarts": 2}, {"SLURM_RESTART_COUNT": "2"}, False),
             (143, {"restarts": 2}, {"SLURM_RESTART_COUNT": "1"}, True),
             (143, {"restarts": 2}, {"SLURM_RESTART_COUNT": "2"}, False),
         ],
@@ -463,11 +480,12 @@ class TestLocal:
         monkeypatch.setattr(local, "gpus_here", lambda: ["4", "5", "6"])
         text = "print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)"
         jobs = [script_job(tmp_path, text, name) for name in "abc"]
-        assert local.launch(jobs, local.Options(jobs=3)) == 0
+        # More at the same time than there are runs would leave GPUs unused.
+        assert local.launch(jobs, local.Options(jobs=4)) == 0
         used = [Path(job.logs, "host0.log").read_text().strip() for job in jobs]
         assert sorted(used) == ["4", "5", "6"]
         with pytest.raises(UserError, match="each run needs one"):
-            local.launch(jobs, local.Options(jobs=4))
+            local.launch(jobs * 2, local.Options(jobs=4))
 
     def test_logs_and_echo(self, tmp_path, capsys):
         job = script_job(tmp_path, "print('I am', host, os.environ['BVL_NUM_PROCESSES'])")
@@ -506,6 +524,47 @@ sys.exit(local.launch([Job(("train",), {job.workdir!r})], local.Options()))
         out, error = capsys.readouterr()
         assert "host 1 of" in error and "exit code 1" in error and "no such file" in error
         assert "still here" not in out and "earlier start" not in error
+
+    @pytest.mark.parametrize(
+        "delay, end, code", [(0, "os.kill(os.getpid(), 9)", 137), (0.4, "sys.exit(3)", 3)]
+    )
+    def test_who_has_lost_a_host_is_not_the_one_that_failed(self, tmp_path, delay, end, code, capsys):
+        text = f"if host == '0': sys.exit(75)\ntime.sleep({delay})\n{end}"
+        assert local.launch([script_job(tmp_path, text)], local.Options(hosts=2)) == code
+        assert f"host 1 of {tmp_path}/w ended with exit code {code}" in capsys.readouterr().err
+
+    def test_a_host_that_hangs_is_lost(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(local, "TIME_TO_FAIL", 0.2)
+        job = script_job(tmp_path, "if host == '0': sys.exit(75)\ntime.sleep(20)")
+        assert local.launch([job], local.Options(hosts=2)) == 75
+        # How it was then ended says nothing.
+        assert "host 1" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("end", ["sys.exit(75)", "os.kill(os.getpid(), signal.SIGKILL)"])
+    def test_a_run_that_has_lost_a_host_is_started_again(self, tmp_path, end, capsys):
+        seen = str(tmp_path / "seen")
+        job = script_job(
+            tmp_path, f"if os.path.exists({seen!r}): sys.exit(0)\nopen({seen!r}, 'w').close()\n{end}"
+        )
+        assert local.launch([job], local.Options(restarts=1)) == 0
+        assert "has lost a host; it goes on (0 restart(s) left)" in capsys.readouterr().err
+
+    def test_a_signal_while_processes_are_started(self, tmp_path):
+        """It comes between the first and the second; both must hear of it."""
+        job = script_job(tmp_path, "time.sleep(10)\nsys.exit(0)")
+        commands = []
+
+        class Interrupted(type(job)):
+            @property
+            def here(self):
+                commands.append(super().here)
+                if len(commands) == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return commands[-1]
+
+        started = Interrupted(job.words, job.workdir, job.name)
+        assert local.launch([started], local.Options(hosts=2, restarts=1)) == 143
+        assert len(commands) == 2
 
     def test_restarts(self, tmp_path, capsys):
         text = "seen = os.path.join({!r}, 'seen')\nopen(seen, 'a').write('x')\nsys.exit(143 if len(open(seen).read()) < 3 else 0)"

@@ -61,6 +61,7 @@ class Check:
 
     def __init__(self, folder: Path, steps: int, node: str):
         from kill_and_resume import Runner
+        from two_processes import free_port
 
         self.runner = Runner(folder, steps=steps)
         self.runner.environment |= {"JAX_NUM_CPU_DEVICES": str(DEVICES)}
@@ -174,12 +175,6 @@ class Check:
 def slurm(*words: str) -> str:
     """What a command of Slurm prints; CalledProcessError where it fails."""
     return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 if __name__ == "__main__":

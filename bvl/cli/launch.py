@@ -49,12 +49,12 @@ def add_launch(verbs) -> None:
         positive,
     )
     option("--name", "slurm, gke", "of the job (default: that of the run folder)")
-    option("--jobs", "local, slurm", "runs of a sweep at the same time (local: 1)", positive)
+    option("--jobs", "local, slurm", "runs of a --sweep at the same time (local: 1, slurm: all)", positive)
     option(
         "--restarts",
         everywhere,
-        "how often a run that was asked to stop is started again (local: 0, slurm: as often as needed); "
-        "gke: all pods after a crash (3)",
+        "how often a run that was asked to stop or has lost a host is started again (local: 0; slurm: as often as it "
+        "is asked, and after a lost host only where this is given); gke: all pods after a crash or a lost host (3)",
         natural,
     )
     option(
@@ -106,6 +106,10 @@ def _launch(args: argparse.Namespace) -> int:
 
     module = importlib.import_module(f"bvl.launch.{TARGETS[args.on]}")
     options = module.Options(**_given(args, module.Options))
+    if hasattr(args, "jobs") and not args.sweep:
+        raise UserError(
+            "--jobs goes with --sweep: it says how many of its runs are under way at the same time"
+        )
     jobs = jobs_of(
         args.config,
         args.overrides,

@@ -2,8 +2,8 @@
 
 Index 0 is the coordinator, under the name that the JobSet's headless service gives it. A pod that ends with 143
 (asked to stop, everything saved) is started again and does not count as failed; one that ends with 1 or 2 (a problem
-that its message explains) fails the JobSet; any other end (killed, evicted, out of memory) starts all pods again.
-Where a node vanishes without a word the other hosts notice it first, and end with 1.
+that its message explains) fails the JobSet; any other end (killed, evicted, out of memory) starts all pods again, as
+often as `restarts` says. So does 75, with which the other hosts end where one, or its node, vanishes without a word.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 from bvl.errors import UserError
 from bvl.hosts import COORDINATOR, NUM_PROCESSES, PROCESS_ID
-from bvl.launch.job import AGAIN, Job, base_name, require
+from bvl.launch.job import Job, base_name, require
+from bvl.train.survive import EXIT_TERMINATED
 
 PORT = 51234
 # Of a pod's name, <JobSet>-host-0-<index>, which may have 63 characters; a random end is added to it.
@@ -111,7 +112,11 @@ def jobset(job: Job, options: Options, name: str) -> dict[str, Any]:
                             "backoffLimit": 0,
                             "podFailurePolicy": {
                                 "rules": [
-                                    {"action": "Ignore", "onExitCodes": {**exit_codes, "values": [AGAIN]}},
+                                    {
+                                        "action": "Ignore",
+                                        "onExitCodes": {**exit_codes, "values": [EXIT_TERMINATED]},
+                                    },
+                                    # Not EXIT_PEER_LOST: the run itself has no problem.
                                     {"action": "FailJob", "onExitCodes": {**exit_codes, "values": [1, 2]}},
                                 ]
                             },

@@ -17,8 +17,6 @@ from bvl.config import Config, content_hash, load_config
 from bvl.errors import ConfigError, UserError
 from bvl.mesh import AXES, check_batch_size, check_hosts, mesh_shape
 
-# The exit code of a run that was asked to stop and saved everything.
-AGAIN = 143
 # File systems take 255 bytes.
 LONGEST_NAME = 150
 

@@ -16,10 +16,13 @@ from pathlib import Path
 
 from bvl.errors import UserError
 from bvl.hosts import COORDINATOR, DISTRIBUTED, NUM_PROCESSES, PROCESS_ID
-from bvl.launch.job import AGAIN, Job
+from bvl.launch.job import Job
+from bvl.train.survive import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_TERMINATED
 
 # Codes of a run that was asked to stop: it ends by itself, on all hosts.
-ASKED = (AGAIN, 130)
+ASKED = (EXIT_TERMINATED, EXIT_INTERRUPTED)
+# Codes of a run that has lost a host; the second as a shell has it.
+LOST = (EXIT_PEER_LOST, 128 + signal.SIGKILL)
 # Seconds that the other hosts get, once one has failed, to say what they know of it; then, to obey SIGTERM.
 TIME_TO_FAIL, TIME_TO_END = 30.0, 10.0
 POLL = 0.1
@@ -35,7 +38,8 @@ PASSED_ON = {
 @dataclasses.dataclass(frozen=True)
 class Options:
     """devices_per_host: devices that the CPU pretends to be, or GPUs, where the machine has some.
-    restarts: how often a run that ends with 143 is started again. jobs: runs of a sweep at the same time."""
+    restarts: how often a run is started again that ends with 143, or that has lost a host: one was killed by SIGKILL, or
+    the others end with 75. jobs: runs of a sweep at the same time."""
 
     hosts: int = 1
     devices_per_host: int | None = None
@@ -87,6 +91,7 @@ def gpus_here(environment: Mapping[str, str] = os.environ, devices: Path = Path(
 def launch(jobs: Sequence[Job], options: Options, *, dry_run: bool = False) -> int:
     """Run the jobs, or print the commands of their processes; returns the first exit code that is not 0."""
     gpus = gpus_here()
+    options = dataclasses.replace(options, jobs=min(options.jobs, len(jobs)))
     if gpus and options.jobs > len(gpus):
         raise UserError(f"--jobs {options.jobs}: this machine has {len(gpus)} GPU(s), and each run needs one")
     if dry_run:
@@ -108,11 +113,12 @@ class _Run:
         self.job, self.place, self._options = job, place, options
         self._gpus = _part(gpus, place, options.jobs)
         self.restarts = options.restarts
-        self.start()
+        self._processes: dict[int, subprocess.Popen] = {}
 
     def start(self) -> None:
         self.code = 0
         self._kill_at: list[tuple[float, int]] = []
+        self._told_to_end = False
         port = _free_port()
         inherited = {
             k: v
@@ -125,7 +131,6 @@ class _Run:
         # What earlier starts have written stays there.
         self._begins = [path.stat().st_size if path.exists() else 0 for path in self._logs]
         self._echoed = self._begins[0]
-        self._processes: dict[int, subprocess.Popen] = {}
         for host, path in enumerate(self._logs):
             with open(path, "ab") as log:
                 self._processes[host] = subprocess.Popen(
@@ -149,13 +154,18 @@ class _Run:
             del self._processes[host]
         # As a shell has them: 128 + the number of the signal. Of two at the same time the higher counts, as in Slurm.
         codes = {host: code if code >= 0 else 128 - code for host, code in ended.items()}
-        if self.code == 0 and any(codes.values()):
-            host = max(codes, key=codes.get)
-            self.code = codes[host]
+        failed = {host: code for host, code in codes.items() if code}
+        # Who has lost another host has not failed itself: the other counts, unless it was ended from here.
+        first = {host: code for host, code in failed.items() if code != EXIT_PEER_LOST}
+        if (failed and self.code == 0) or (first and self.code == EXIT_PEER_LOST and not self._told_to_end):
+            named = first or failed
+            host = max(named, key=named.get)
+            self.code = named[host]
             if self.code not in ASKED:
                 self._note_failure(host)
         now = time.monotonic()
         while self._kill_at and self._kill_at[0][0] <= now:
+            self._told_to_end = True
             self.send(self._kill_at.pop(0)[1])
         return bool(self._processes)
 
@@ -206,7 +216,9 @@ class _Supervisor:
                     job = self._waiting.pop(0)
                     if self._sweep:
                         _say(f"starts: {job.workdir}")
-                    self._running.append(_Run(job, self._options, self._gpus, self._places.pop(0)))
+                    run = _Run(job, self._options, self._gpus, self._places.pop(0))
+                    self._running.append(run)
+                    self._start(run)
                 time.sleep(POLL)
                 for run in list(self._running):
                     self._look_after(run)
@@ -214,18 +226,23 @@ class _Supervisor:
             _say(f"not started: {', '.join(job.workdir for job in self._waiting)}")
         return next((code for code in self._codes if code), 0)
 
+    def _start(self, run: _Run) -> None:
+        run.start()
+        if self._stopping:
+            # The signal came before all its processes were there. SIGTERM, as a second Ctrl-C would mean "at once".
+            run.send(signal.SIGTERM)
+
     def _look_after(self, run: _Run) -> None:
         alive = run.poll()
         if self._options.jobs == 1:
             run.echo()
         if alive:
             return
-        if run.code == AGAIN and run.restarts and not self._stopping:
+        if run.code in (EXIT_TERMINATED, *LOST) and run.restarts and not self._stopping:
             run.restarts -= 1
-            _say(
-                f"{run.job.workdir} was asked to stop and saved; it goes on ({run.restarts} restart(s) left)"
-            )
-            run.start()
+            what = "has lost a host" if run.code in LOST else "was asked to stop and saved"
+            _say(f"{run.job.workdir} {what}; it goes on ({run.restarts} restart(s) left)")
+            self._start(run)
             return
         if self._sweep:
             _say(f"ends with {run.code}: {run.job.workdir}")

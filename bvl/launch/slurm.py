@@ -3,7 +3,9 @@
 Slurm tells the tasks who they are (bvl/hosts.py reads it). Before the time limit the tasks get SIGUSR1; a run that was
 asked to stop saves and ends with 143, and the script then puts the job back into the queue. Where Slurm itself ends a
 job (preemption, `scancel`, `scontrol requeue`) the script gets SIGTERM, and what happens next is Slurm's to decide:
-a job that was cancelled must not come back.
+a job that was cancelled must not come back. A job whose node fails is requeued by Slurm itself. Where the run ends with
+75 (some hosts have lost another, and no exit code is higher) the script requeues only if `restarts` sets an end to it: a
+host that crashes each time, before it can tell the others why, would come back for ever.
 """
 
 from __future__ import annotations
@@ -17,15 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bvl.errors import RunFolderError, UserError
-from bvl.launch.job import AGAIN, Job, base_folder, base_name, require
+from bvl.launch.job import Job, base_folder, base_name, require
+from bvl.train.survive import EXIT_PEER_LOST, EXIT_TERMINATED
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """partition, account, time, gpus_per_node, cpus_per_task, memory (of a node): as sbatch has them, like every
     `sbatch_option` ("constraint=a100"). grace: seconds before the time limit at which the run is asked to stop.
-    restarts: how often a job requeues itself, None = as often as needed. jobs: runs of a sweep at the same time.
-    setup: a shell command before the run, such as `module load cuda`."""
+    restarts: how often a job requeues itself, None = as often as it is asked to stop, and not where it has lost a host.
+    jobs: runs of a sweep at the same time. setup: a shell command before the run, such as `module load cuda`; the job
+    ends with 1 where it fails."""
 
     hosts: int = 1
     partition: str | None = None
@@ -54,6 +58,10 @@ class Options:
         return self.hosts * int(number[1]) if number else None
 
 
+# On lines of its own, as it may end with a comment.
+SETUP = """{{
+{}
+}} || {{ echo "--setup failed; nothing was started" >&2; exit 1; }}"""
 # What follows the choice of the run. `wait` ends early where the shell gets a signal, so it is asked again until
 # srun itself has ended.
 RUN = """
@@ -71,7 +79,7 @@ while true; do
   [ -n "$asked" ] || break
 done
 echo "$(date '+%F %T') job $SLURM_JOB_ID ended with $code"
-if [ "$code" -eq {again} ] && [ -z "$ended" ]{limit}; then
+if [[ " {again} " == *" $code "* ]] && [ -z "$ended" ]{limit}; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
@@ -115,7 +123,7 @@ def script(jobs: Sequence[Job], options: Options) -> str:
         hosts=options.hosts,
         # srun does not take it over from sbatch.
         cpus=f" --cpus-per-task={options.cpus_per_task}" if options.cpus_per_task else "",
-        again=AGAIN,
+        again=EXIT_TERMINATED if options.restarts is None else f"{EXIT_TERMINATED} {EXIT_PEER_LOST}",
         limit=""
         if options.restarts is None
         else f' && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {options.restarts} ]',
@@ -124,7 +132,7 @@ def script(jobs: Sequence[Job], options: Options) -> str:
         [
             "#!/bin/bash",
             *(f"#SBATCH {text}" for text in head),
-            *([options.setup] if options.setup else []),
+            *([SETUP.format(options.setup)] if options.setup else []),
             'case "${SLURM_ARRAY_TASK_ID:-0}" in',
             *cases,
             "esac",
