@@ -1,6 +1,7 @@
 """The plan of a config: exact where it can be, within a factor where it cannot, and no data needed."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -22,6 +23,7 @@ from bvl.models.vlm import DualEncoderConfig
 from bvl.runs import RunFolder
 from bvl.tasks.caption import Caption
 from bvl.tasks.classify import Classify
+from bvl.tasks.contrastive import Contrastive
 from bvl.tasks.detection import Detection
 from bvl.tasks.grounding import Grounding
 from bvl.tasks.region_caption import RegionCaption
@@ -32,6 +34,7 @@ from bvl.train.optim import OptimConfig
 from bvl.train.plan import (
     Estimate,
     OutOfMemory,
+    compiled_lines,
     explain_out_of_memory,
     knobs,
     parse_memory,
@@ -97,10 +100,30 @@ def test_knobs_do_what_they_say():
     assert part("mesh.shape=1,4,1", "parameters") < 0.3 and part("mesh.shape=1,4,1", "optimiser") < 0.3
     assert part("optim.accumulate=2", "activations") == pytest.approx(0.5, rel=1e-3)
     assert part("optim.accumulate=2", "gradients") == 2
+    # A layer's inside is that of a microbatch; the logits, four times, are those of all 16 rows of a device.
+    whole, halves = (e.memory["working memory"] for e in (estimate, turned["optim.accumulate=2"]))
+    assert 2 * halves - whole == pytest.approx(4 * 4 * 16 * 16, rel=0.05)
     assert part("batch_size=32", "activations") == pytest.approx(0.5, rel=1e-3)
     # The same as planning the changed config.
     direct = estimate_of(deep_config("full", mesh=MeshConfig((4, 1, 1))), (4, 1, 1))
     assert turned[both.format("full")].memory == direct.memory
+
+
+def test_groups_shorten_the_ring():
+    model = Model.of(tiny_config(batch_size=64), abstract_data(tiny_config()))
+
+    def moved(groups):
+        tasks = {"contrastive": Contrastive(groups=groups)}
+        return transfers(
+            dataclasses.replace(model, config=dataclasses.replace(model.config, tasks=tasks)), (4, 2, 1)
+        )
+
+    one, two, each, more = (moved(groups) for groups in (1, 2, 8, 16))
+    assert "all-to-all" not in one and one["collective-permute"] == 2 * two["collective-permute"] > 0
+    assert "collective-permute" not in each and "collective-permute" not in more
+    # 8 images and 8 texts of a device, 16 numbers each, there and back.
+    sent = 2 * (8 + 8) * 16 * 4
+    assert sent < two["all-to-all"] == each["all-to-all"] == more["all-to-all"] < 1.2 * sent
 
 
 def test_kernels_that_stay_gathered():
@@ -199,6 +222,25 @@ def test_the_verb(tmp_path, capsys):
     assert "is too much for 0.001" in total
     assert any("FLOPs" in line and "s at its best" in line for line in lines)
     assert any(line.startswith("  model.text.remat=full") for line in lines)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_the_compiler_is_that_of_the_backend(backend, monkeypatch):
+    memory = SimpleNamespace(argument_size_in_bytes=2e9, temp_size_in_bytes=3e9)
+    compiled = SimpleNamespace(
+        memory_analysis=lambda: memory, as_text=lambda: "ENTRY main {\n  ROOT %x = f32[] constant(0)\n}\n"
+    )
+    changed = {}
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    monkeypatch.setattr("bvl.config.load_config", lambda *_: tiny_config())
+    monkeypatch.setattr("bvl.train.plan.plan_table", lambda *_, **__: "")
+    lines = compiled_lines(compiled)
+    assert all(line.startswith(f"  {backend.upper()} compiler, ") for line in lines) and len(lines) == 2
+    assert ("accelerator" in lines[1]) == (backend == "cpu")
+    assert cli.main(["plan", "c.py"]) == 0
+    # An accelerator's compiler is to do what it does for a run.
+    assert ("jax_disable_most_optimizations" in changed) == (backend == "cpu")
 
 
 @pytest.mark.parametrize("text", ["80", "GB", "-1GB", "0GB", "80 parsecs", "80GBs"])

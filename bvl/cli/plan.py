@@ -28,7 +28,7 @@ def add_plan(verbs) -> None:
     plan.add_argument(
         "--no-compile",
         action="store_true",
-        help="leave out what the CPU compiler says, which can take minutes",
+        help="leave out what the compiler says, which can take minutes",
     )
 
 
@@ -36,12 +36,12 @@ def _plan(args: argparse.Namespace) -> int:
     import jax
 
     # Before anything starts JAX: the devices are only compiled for.
-    if not args.no_compile:
-        # The program never runs; memory and transfers are the same, and compiling takes a fraction of the time.
-        jax.config.update("jax_disable_most_optimizations", True)
     if args.devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.devices)
+    if not args.no_compile and jax.default_backend() == "cpu":
+        # The program never runs; memory and transfers are the same, and compiling takes a fraction of the time.
+        jax.config.update("jax_disable_most_optimizations", True)
     from bvl.config import load_config
     from bvl.train.plan import parse_memory, plan_table
 

@@ -152,8 +152,11 @@ def gathered_again(config: Config, name: str) -> bool:
 
 
 def working_bytes(model: Model, shape: tuple[int, int, int], rows: int) -> float:
-    """What is needed for a moment: a layer's inside, gathered kernels, the blocks of losses."""
-    config, (_, fsdp, tensor) = model.config, shape
+    """What is needed for a moment: a layer's inside, gathered kernels, the blocks of losses.
+
+    rows: of a device in one microbatch; a contrastive loss is that of all its microbatches together.
+    """
+    config, (data, fsdp, tensor) = model.config, shape
     layers = sum(tower.sizes[1] for tower in remat_towers(config.model).values())
     inside = model.plain.on_device(rows, shape) / max(layers, 1)
     kernels = 0.0
@@ -170,9 +173,11 @@ def working_bytes(model: Model, shape: tuple[int, int, int], rows: int) -> float
     blocks = 0.0
     for task in config.tasks.values():
         if isinstance(task, Contrastive):
-            columns = rows * config.data.texts_per_image
+            # Groups that share a device follow one another.
+            compared = rows * config.optim.accumulate // max(task.groups // (data * fsdp), 1)
+            columns = compared * config.data.texts_per_image
             # The logits, their exponentials, targets and gradient.
-            blocks += 4 * 4 * rows * min(task.chunk_size or default_chunk_size(rows), columns)
+            blocks += 4 * 4 * compared * min(task.chunk_size or default_chunk_size(compared), columns)
     if config.model.decoder is not None:
         blocks += 3 * 4 * CHUNK_LOGITS
     return inside + kernels + blocks
@@ -184,12 +189,13 @@ def transfers(model: Model, shape: tuple[int, int, int]) -> dict[str, float]:
     Kernels that fsdp splits are gathered in the forward pass and, as `gathered_again` says, in the backward pass, for each
     microbatch; gradients are summed over the batch shards (written as all-reduce; accelerators scatter what fsdp
     splits). The tensor axis sums activations: two a layer forward, four backward and one more where the layer is computed
-    again. The columns of a contrastive loss go round all batch shards once forward and once backward.
+    again. The columns of a contrastive loss go round all batch shards once forward and once backward; in groups, round
+    those of their group, after each row and column has been sent to its group (and, backward, its gradient back).
     """
     config, (data, fsdp, tensor) = model.config, shape
     accumulate, shards = config.optim.accumulate, data * fsdp
     rows = config.batch_size // (shards * accumulate)
-    out = dict.fromkeys(("all-gather", "all-reduce", "collective-permute"), 0.0)
+    out = dict.fromkeys(("all-gather", "all-reduce", "collective-permute", "all-to-all"), 0.0)
     leaves = named_leaves(model.state.params, boxed=True)
     shardings = named_leaves(shardings_of(model.state.params, AbstractMesh(shape, AXES)))
     for name, box in leaves.items():
@@ -210,11 +216,17 @@ def transfers(model: Model, shape: tuple[int, int, int]) -> dict[str, float]:
                 (6 + (options.remat == "full")) * depth * rows * tokens * dim * width * accumulate
             )
     if shards > 1:
-        columns = config.batch_size // shards * config.data.texts_per_image
+        images = config.batch_size // shards
+        columns = images * config.data.texts_per_image
         for task in config.tasks.values():
             if isinstance(task, Contrastive):
-                # Texts and, backward, their gradient; sums and what else a column carries are 14 numbers.
-                out["collective-permute"] += shards * columns * (3 * config.model.embed_dim + 14) * 4
+                ring = shards // task.groups
+                if ring > 1:
+                    # Texts and, backward, their gradient; sums and what else a column carries are 14 numbers.
+                    out["collective-permute"] += ring * columns * (3 * config.model.embed_dim + 14) * 4
+                if task.groups > 1:
+                    # The embedding and its gradient; whether it is there and whose it is.
+                    out["all-to-all"] += (images + columns) * (2 * config.model.embed_dim + 2) * 4
     return {kind: size for kind, size in out.items() if size}
 
 

@@ -116,7 +116,7 @@ def knobs(estimate: Estimate) -> dict[str, Estimate]:
         shape = (1, over_data * fsdp, tensor)
         add(f"mesh.shape={','.join(map(str, shape))}", shape=shape)
     for name, task in config.tasks.items():
-        if getattr(task, "chunk_size", 0) is None and estimate.rows > SMALL_CHUNK:
+        if getattr(task, "chunk_size", 0) is None and estimate.rows * config.optim.accumulate > SMALL_CHUNK:
             add(f"tasks.{name}.chunk_size={SMALL_CHUNK}")
     if estimate.rows % 2 == 0:
         add(f"optim.accumulate={2 * config.optim.accumulate}")
@@ -154,7 +154,7 @@ def plan_table(
     """The plan of a config as text; see `bvl plan --help`.
 
     num_devices: None = those of this process's JAX. memory: bytes of one device. peak_flops: FLOP/s of one device.
-    compiled: also what the CPU compiler says, for which JAX must have so many devices.
+    compiled: also what the compiler of JAX's backend says, for which it must have so many devices.
     Raises ConfigError for a mesh or a batch that does not fit the devices.
     """
     num_devices = jax.device_count() if num_devices is None else num_devices
@@ -239,9 +239,14 @@ def compiled_step(config: Config, data: AbstractData, num_devices: int) -> jax.s
 
 
 def compiled_lines(compiled: jax.stages.Compiled) -> list[str]:
-    """What the CPU compiler needs on a device, and the transfers that it writes."""
+    """What the program needs on a device by the compiler of JAX's backend, and the transfers that it writes."""
     memory, moved = compiled.memory_analysis(), Hlo(compiled.as_text()).bytes_by_kind()
     lines = {"arguments": (memory.argument_size_in_bytes, "")}
-    lines["temporaries"] = memory.temp_size_in_bytes, "   (an accelerator's compiler fuses more)"
+    backend = jax.default_backend()
+    note = "   (an accelerator's compiler fuses more)" if backend == "cpu" else ""
+    lines["temporaries"] = memory.temp_size_in_bytes, note
     lines |= {kind: (size, "   moved") for kind, size in moved.items()}
-    return [f"  CPU compiler, {what:14}{size / 1e9:10.3f}{note}" for what, (size, note) in lines.items()]
+    return [
+        f"  {backend.upper()} compiler, {what:14}{size / 1e9:10.3f}{note}"
+        for what, (size, note) in lines.items()
+    ]
