@@ -41,7 +41,7 @@ def test_states(tmp_path):
     assert read_run(make_run(tmp_path / "e", rows=[10]).path).note == "nothing saved"
     failed = make_run(tmp_path / "f", saved=[50], rows=[60])
     (failed.path / "nan_batch.json").write_text('{"step": 61}')
-    assert state(failed) == "failed"
+    assert (state(failed), read_run(failed.path).note) == ("failed", "step 61 was bad")
     # It was gone on with.
     (failed.checkpoints / "70").mkdir()
     assert state(failed) == "stopped"

@@ -35,13 +35,14 @@ from bvl.data.transforms import Preprocess
 from bvl.errors import CheckpointError, ConfigError, DataError, RunFolderError
 from bvl.evals.zeroshot import ZeroShot
 from bvl.models.grid import resize_positions
-from bvl.runs import RunFolder, load_components
+from bvl.runs import RunFolder, load_components, write_atomic
 from bvl.tasks.classify import Classify
 from bvl.tasks.contrastive import Contrastive
 from bvl.train.bad_records import BadRecords
 from bvl.train.bad_steps import TrainingFailed
 from bvl.train.environment import describe_environment
 from bvl.train.loop import _add, _means, train
+from bvl.train.metrics_log import JsonLines
 from bvl.train.optim import OptimConfig
 from bvl.train.plan import OutOfMemory
 
@@ -218,7 +219,7 @@ def test_bad_steps_are_skipped(tmp_path, caplog):
     # It may be switched off and on again, and one more in a row is too many.
     fewer = dataclasses.replace(config, survive=SurviveConfig(bad_steps="skip", max_skipped=1))
     shutil.rmtree(tmp_path / "parts")
-    with pytest.raises(TrainingFailed, match=r"step 4.*number 2 in a row.*max_skipped=1.*bad_batches/4.json"):
+    with pytest.raises(TrainingFailed, match=r"step 4.*number 2 in a row.*max_skipped=1.*nan_batch.json"):
         train(dataclasses.replace(fewer, workdir=str(tmp_path / "parts")))
 
 
@@ -418,6 +419,22 @@ def test_a_full_disk_while_metrics_are_written(first_run, tmp_path, monkeypatch)
     assert_same_runs(tmp_path / "run", first_run)
 
 
+def test_rows_of_unreadable_records_hold_back_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("bvl.train.saving.PAUSE_S", 0.0)
+    flush = JsonLines.flush
+
+    def full(rows):
+        if rows._path.name == "bad_records.jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(rows)
+
+    monkeypatch.setattr(JsonLines, "flush", full)
+    root = folder_of_images(tmp_path / "images", broken=3, count=8)
+    with pytest.raises(RunFolderError, match="cannot be written.*No space left"):
+        train(tiny_config(tmp_path / "run", data=data_of(root, max_bad_fraction=0.9)))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_best_must_name_a_suite(tmp_path):
     with pytest.raises(ConfigError, match="checkpoint.best='acc' is no metric of an evaluation suite"):
         train(tiny_config(tmp_path / "run", checkpoint=CheckpointConfig(best="acc")))
@@ -498,6 +515,34 @@ def test_every_evaluation_stands_in_a_row(tmp_path):
     final = json.loads((tmp_path / "whole" / "eval.json").read_text())
     assert rows[-1]["eval/zero/accuracy"] == final["zero/accuracy"] and "loss/total" in rows[-1]
     assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("failures", [1, 9])
+def test_a_full_disk_at_the_last_evaluation(tmp_path, monkeypatch, caplog, failures):
+    """The last checkpoint is saved all the same; then the files are tried once more."""
+    left = [failures]
+
+    def full(path, text):
+        if path.name == "eval.json" and json.loads(text)["zero/provenance"]["step"] == 6 and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_atomic(path, text)
+
+    monkeypatch.setattr("bvl.evals.base.write_atomic", full)
+    config = evaluated(tmp_path / "run", every=0)
+    if failures == 1:
+        assert train(config) == 0
+    else:
+        with pytest.raises(
+            RunFolderError, match="complete and saved, but .*eval.json.*No space left.*bvl eval"
+        ):
+            train(config)
+    assert "NOT WRITTEN" in caplog.text
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
+    assert metric_rows(tmp_path / "run")[-1]["eval/zero/accuracy"] is not None
+    there = json.loads((tmp_path / "run" / "eval.json").read_text())["zero/provenance"]["step"]
+    assert there == (6 if failures == 1 else 4)
+    assert train(config) == 0
 
 
 def test_a_run_stops_early(tmp_path, caplog):

@@ -196,11 +196,16 @@ def test_a_guard_only_where_it_is_asked_for():
     assert judged(guard, [1.0] * (FIRST + 1) + [1e9, float("inf")])[0][-2:] == [False, True]
 
 
+SPIKE = {
+    "loss": 3.0, "grad_norm": 5.0, "mean_loss": 2.0, "mean_grad_norm": 1.0, "bad": True, "in_row": 1
+}  # fmt: skip
+
+
 def read(run, report, **survive):
     """The reader after a step that gave `report`."""
     config = SimpleNamespace(seed=3, survive=SurviveConfig(**survive))
     describe = lambda source, record: {"source": "ab"[source], "id": f"r{record}"}  # noqa: E731
-    reader = StepReader(RunFolder(run), config, describe=describe, last_good=lambda: 10)
+    reader = StepReader(RunFolder(run), config, share=1, describe=describe, last_good=lambda: 10)
     batch = {"source": np.asarray([0, 1]), "record": np.asarray([5, 6])}
     reader.take(12, {"tasks": {}, "step": {}, "guard": report, STOP: jnp.int32(130)}, batch)
     reader.read()
@@ -208,25 +213,49 @@ def read(run, report, **survive):
 
 
 def test_a_spike_is_named_with_its_records(tmp_path, monkeypatch, caplog):
-    """Of all hosts' rows."""
-    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, [{"source": "c", "id": "r7"}]])
-    means = {"mean_loss": 2.0, "mean_grad_norm": 1.0}
-    spike = {"loss": 3.0, "grad_norm": 5.0, **means, "bad": True, "in_row": 1}
+    """Of all hosts' rows, in their order; hosts that share rows name them once."""
+    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, [0, [{"source": "c", "id": "r7"}]], mine])
     with pytest.raises(
         TrainingFailed,
-        match=r"grad norm of step 12, 5, is more than survive.spike_factor=4 times its running mean 1;.*of step 10",
+        match=r"grad norm of step 12, 5, is more than survive.spike_factor=4 times its running mean 1;.*of step 10.*"
+        r"survive.bad_steps=skip leaves.*a larger survive.spike_factor",
     ):
-        read(tmp_path, spike, spike_factor=4.0)
+        read(tmp_path, SPIKE, spike_factor=4.0)
     saved = json.loads((tmp_path / "nan_batch.json").read_text())
-    assert [(r["source"], r["id"]) for r in saved["records"]] == [("a", "r5"), ("b", "r6"), ("c", "r7")]
-    reader = read(tmp_path, spike, spike_factor=4.0, bad_steps="skip")
+    assert [(r["source"], r["id"]) for r in saved["records"]] == [("c", "r7"), ("a", "r5"), ("b", "r6")]
+    reader = read(tmp_path, SPIKE, spike_factor=4.0, bad_steps="skip")
     assert reader.told_to_stop == 130 and "the step is skipped (1 in a row)" in caplog.text
     assert (tmp_path / "bad_batches" / "12.json").is_file()
     monkeypatch.setattr("bvl.train.bad_steps.MAX_FILES", 1)
     (tmp_path / "bad_batches" / "12.json").rename(tmp_path / "bad_batches" / "1.json")
-    read(tmp_path, spike, spike_factor=4.0, bad_steps="skip")
+    read(tmp_path, SPIKE, spike_factor=4.0, bad_steps="skip")
     assert not (tmp_path / "bad_batches" / "12.json").exists()
-    read(tmp_path, {**spike, "bad": False}, spike_factor=4.0)
+    read(tmp_path, {**SPIKE, "bad": False}, spike_factor=4.0)
+
+
+def test_the_bad_step_that_ends_a_run_is_kept(tmp_path, monkeypatch):
+    """Also where there are as many files of skipped ones as there may be."""
+    monkeypatch.setattr("bvl.train.bad_steps.MAX_FILES", 0)
+    (tmp_path / "bad_batches").mkdir()
+    last = {**SPIKE, "loss": float("nan"), "in_row": 4}
+    with pytest.raises(TrainingFailed, match="number 4 in a row .*max_skipped=3.*nan_batch.json") as error:
+        read(tmp_path, last, bad_steps="skip", max_skipped=3)
+    assert "spike_factor" not in str(error.value) and "bad_steps=skip" not in str(error.value)
+    assert json.loads((tmp_path / "nan_batch.json").read_text())["step"] == 12
+    assert not list((tmp_path / "bad_batches").iterdir())
+
+
+def test_a_full_disk_while_a_bad_step_is_noted(tmp_path, monkeypatch, caplog):
+    """The run goes on, or ends with the bad step as the reason."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("bvl.train.bad_steps.write_atomic", full)
+    read(tmp_path, SPIKE, spike_factor=4.0, bad_steps="skip")
+    assert "NOT WRITTEN: the records of the bad step 12" in caplog.text and "is skipped" in caplog.text
+    with pytest.raises(TrainingFailed, match="grad norm of step 12.*records could not be written"):
+        read(tmp_path, SPIKE, spike_factor=4.0)
 
 
 def test_only_the_first_host_writes_rows(tmp_path, monkeypatch):

@@ -51,6 +51,11 @@ class BadRecords:
                     f"data.max_bad_fraction={self._fraction:g}; they are listed in {self._path}. The last: {record['error']}"
                 )
 
+    def flush(self) -> None:
+        """Write the rows that wait for space; raises OSError where there is still none."""
+        if self._file is not None:
+            self._file.flush()
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()

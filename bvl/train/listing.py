@@ -50,7 +50,7 @@ class RunInfo:
     """One run folder.
 
     state: running (a process holds its lock), complete (all steps, or stopped early by its metric), stopped (can go
-    on), failed (a step whose loss was no number came after the last checkpoint), not started (nothing logged or saved
+    on), failed (a bad step ended it after the last checkpoint), not started (nothing logged or saved
     yet), damaged (`note` says why). saved: step of the newest checkpoint. age_s: seconds since anything was written.
     """
 
@@ -166,7 +166,7 @@ def _state(run: RunFolder, info: RunInfo, tree: dict[str, Any], *, has_rows: boo
         return "complete", "stopped early"
     bad_step = _number(_json_object(run.path / "nan_batch.json").get("step"))
     if bad_step is not None and bad_step > (info.saved or 0):
-        return "failed", f"step {int(bad_step)} was not finite"
+        return "failed", f"step {int(bad_step)} was bad"
     if info.saved is None and not has_rows:
         return "not started", ""
     return "stopped", "" if info.saved is not None else "nothing saved"

@@ -23,7 +23,7 @@ from bvl.train.bad_records import BadRecords
 from bvl.train.bad_steps import StepReader
 from bvl.train.early_stop import EarlyStop, early_stop_at
 from bvl.train.environment import enable_compilation_cache, note_start
-from bvl.train.evaluation import evaluate_state
+from bvl.train.evaluation import EvalFiles, evaluate_state
 from bvl.train.initial import open_start, settled_config, with_tokenizer_options
 from bvl.train.lora import Adapter
 from bvl.train.metrics_log import MetricsLog, ProgressLines
@@ -69,8 +69,9 @@ def train(config: Config, *, force: bool = False) -> int:
     if not config.tasks:
         raise ConfigError("tasks is empty: name at least one, for example {'contrastive': Contrastive()}")
     run, survive = RunFolder(config.workdir), config.survive
-    peers = Peers(survive.host_timeout_s)
     watchdog = Watchdog(survive.watchdog_s, survive.watchdog_stop_s)
+    hosts.name_waits(watchdog.stage)
+    peers = Peers(survive.host_timeout_s)
     try:
         with exit_on_signals(), run.lock(), explain_out_of_memory(config):
             return _train(config, run, force, watchdog)
@@ -82,6 +83,7 @@ def train(config: Config, *, force: bool = False) -> int:
             ) from error
         raise
     finally:
+        hosts.name_waits(contextlib.nullcontext)
         watchdog.close()
         peers.close()
 
@@ -147,7 +149,7 @@ def _train(config: Config, run: RunFolder, force: bool, watchdog: Watchdog) -> i
         )
         step = int(state.step)
         early_stop = early_stop_at(config.eval, run.metrics, step)
-        if step >= config.steps or early_stop.reached:
+        if hosts.broadcast(step >= config.steps or early_stop.reached):
             logger.info("complete: %s stands at step %d of %d", run.path, step, config.steps)
             if step < config.steps:
                 logger.info("stopped early: %s", early_stop)
@@ -163,6 +165,7 @@ def _train(config: Config, run: RunFolder, force: bool, watchdog: Watchdog) -> i
             encoder=Encoder(program.model, config.data.preprocess, mesh),
         )
         frozen_params = {n: place(c.params["model"], replicated(mesh)) for n, c in frozen.items()}
+        eval_files = EvalFiles(run)
         step_fn = CountedStep(make_train_step(program, plan.optimizer, plan.shardings))
         loop = _Loop(
             config=config,
@@ -171,7 +174,10 @@ def _train(config: Config, run: RunFolder, force: bool, watchdog: Watchdog) -> i
             checkpoints=checkpoints,
             step_fn=lambda state, batch: step_fn(state, frozen_params, to_global(batch, mesh)),
             flops=lambda: step_fn.flops,
-            evaluate=functools.partial(evaluate_state, run, config, suites, components, program.adapter),
+            evaluate=functools.partial(
+                evaluate_state, eval_files, config, suites, components, program.adapter
+            ),
+            eval_files=eval_files,
             early_stop=early_stop,
             trace=trace,
             share=(share, num_shares),
@@ -198,6 +204,7 @@ class _Loop:
     step_fn: Callable[[TrainState, dict[str, Any]], tuple[TrainState, Any]]
     flops: Callable[[], int | None]
     evaluate: Callable[..., dict[str, float]]
+    eval_files: EvalFiles
     early_stop: EarlyStop
     trace: StepTrace
     share: tuple[int, int]
@@ -217,7 +224,11 @@ class _Loop:
         )
         with contextlib.ExitStack() as stack:
             log, bad, progress, timing = self._open(stack, start)
-            saver = Saver(self.checkpoints, max_failures=config.checkpoint.max_failures, flush=log.flush)
+            saver = Saver(
+                self.checkpoints,
+                max_failures=config.checkpoint.max_failures,
+                flush=lambda: (log.flush(), bad.flush()),
+            )
             stop = stack.enter_context(stop_on_signals())
             for step in range(start + 1, config.steps + 1):
                 enter("data")
@@ -257,7 +268,7 @@ class _Loop:
                         self._check_named(scores, step, state, sums)
                         evaluated = True
                     self.early_stop.add(step, scores)
-                    last = last or self.early_stop.reached
+                    last = last or hosts.broadcast(self.early_stop.reached)
                 candidate = bool(scores) and config.checkpoint.best is not None
                 exit_code = stop.agreed(reader.told_to_stop)
                 if last or exit_code or candidate or _due(step, config.checkpoint.every):
@@ -277,6 +288,12 @@ class _Loop:
         if self.early_stop.reached:
             logger.info("stopped early at step %d of %d: %s", step, config.steps, self.early_stop)
         logger.info("complete: %s", self.run.path)
+        problem = hosts.broadcast(self.eval_files.retry())
+        if problem is not None:
+            raise RunFolderError(
+                f"training is complete and saved, but not written are {problem}. What is there is of an earlier step; "
+                f"the last scores stand in {self.run.metrics}. Free space and evaluate again with `bvl eval`"
+            )
         return 0
 
     def _reader(self) -> StepReader:
@@ -285,7 +302,13 @@ class _Loop:
         def describe(source: int, record: int) -> dict[str, str]:
             return {"source": sets[source].name, "id": sets[source].describe(record)["id"]}
 
-        return StepReader(self.run, self.config, describe=describe, last_good=self.checkpoints.latest)
+        return StepReader(
+            self.run,
+            self.config,
+            share=self.share[0],
+            describe=describe,
+            last_good=self.checkpoints.latest,
+        )
 
     def _open(
         self, stack: contextlib.ExitStack, start: int

@@ -23,7 +23,7 @@ PAUSE_S = 5.0
 class Saver:
     """Saves checkpoints; several that fail in a row are an error, of all hosts alike.
 
-    flush: writes the rows of metrics that wait for space; rows up to a step are on disk before its checkpoint is, so
+    flush: writes the rows that wait for space; those up to a step are on disk before its checkpoint is, so
     that a resume loses none.
     """
 
@@ -42,7 +42,7 @@ class Saver:
     def save(self, step: int, items: dict[str, Any], scores: dict[str, float] | None = None) -> bool:
         """Start a save once the last one is complete; False if that did not work.
 
-        Raises CheckpointError, or OSError of a file of metrics, if it was one failure too many.
+        Raises CheckpointError, or OSError of a file of rows, if it was one failure too many.
         """
         self.wait()
         for action in (self._flush, lambda: self._checkpoints.save(step, items, scores)):
