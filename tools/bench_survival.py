@@ -113,6 +113,7 @@ def measure_loop(
     from bvl.config import Config, LogConfig
     from bvl.runs import RunFolder
     from bvl.train.early_stop import EarlyStop
+    from bvl.train.evaluation import EvalFiles
     from bvl.train.loop import _Loop
     from bvl.train.optim import OptimConfig
     from bvl.train.profile import StepTrace
@@ -166,6 +167,7 @@ def measure_loop(
                 step_fn=functools.partial(step_fn, logged),
                 flops=lambda: logged.flops,
                 evaluate=lambda *_: {},
+                eval_files=EvalFiles(run),
                 early_stop=EarlyStop(config.eval),
                 trace=StepTrace(None, run.path / "profile", last_step=end),
                 share=(0, 1),
